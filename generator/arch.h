@@ -1,0 +1,26 @@
+// What each compilation target offers a kernel.
+#pragma once
+
+#include <span>
+
+#include "generator/kernel_spec.h"
+
+namespace treeattn {
+
+/// Hardware limits of a target (CUDA C++ Programming Guide, table of compute capabilities).
+struct ArchLimits {
+  Target target;
+  int smem_per_block;  ///< bytes a block can opt in to
+  int smem_per_sm;     ///< bytes per multiprocessor
+  int registers_per_sm;
+  int max_threads_per_sm;
+};
+
+/// Known targets in ascending order: sm_80, sm_86, sm_87, sm_89, sm_90, sm_100, sm_120 and so on.
+std::span<const ArchLimits> known_targets();
+/// Limits of a target; of the nearest older known one where it is newer than the table.
+ArchLimits arch_limits(Target target);
+/// The target to compile for on a device of this compute capability. Throws Error(kUnsupported) below 8.0.
+Target target_for_device(int major, int minor);
+
+}  // namespace treeattn

@@ -1,0 +1,32 @@
+// Which tiles a problem can be built with, which one is the default, and why the others are refused.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "generator/kernel_spec.h"
+
+namespace treeattn {
+
+/// Empty if the head dims are supported; else the reason, naming the value and what was expected.
+std::optional<std::string> refuse_problem(const Problem& problem);
+/// Empty if the tile is legal for the problem; else the reason.
+std::optional<std::string> refuse_tile(const Problem& problem, const TileConfig& tile);
+
+struct TileCandidate {
+  TileConfig tile;
+  std::string refused;  ///< empty: legal
+};
+/// Every tile the space enumerates for the problem, legal or refused with its reason.
+std::vector<TileCandidate> tile_candidates(const Problem& problem);
+
+/// The tile used unless a caller asks for another. Throws Error for an unsupported problem.
+TileConfig default_tile(const Problem& problem);
+/// The problem with its default tile.
+KernelSpec default_spec(const Problem& problem);
+/// All default forward specs of one target: every head dim, both dtypes, plus the supported pairs of
+/// different head_dim and head_dim_v that models use (192/128 and so on).
+std::vector<KernelSpec> default_forward_specs(Target target);
+
+}  // namespace treeattn

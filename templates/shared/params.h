@@ -1,0 +1,57 @@
+// Kernel parameters, exactly as passed. Both compilers see this file; sizes are asserted on both sides.
+#pragma once
+
+#include "plan.h"
+
+namespace treeattn {
+
+/// Values of PlanParams::lowering; the public treeattn::Lowering has the same.
+enum LoweringCode : int {
+  kLowerTree = 0,       ///< tree_dfs_order_start_q / tree_dfs_order_end_k
+  kLowerCausal = 1,     ///< row i sees key j iff j <= i + offset
+  kLowerFull = 2,       ///< every row of a sequence sees every key of it
+  kLowerIntervals = 3,  ///< first[] and len[] given by the caller
+};
+
+/// Parameters of the plan kernels.
+struct PlanParams {
+  PlanShape shape;
+  PlanOffsets offsets;
+  int* plan;
+  const int* cu_seqlens_q;
+  const int* cu_seqlens_k;
+  const int* start_q;  ///< kTree: [total_q]
+  const int* end_k;    ///< kTree: [total_k]
+  const int* first;    ///< kIntervals: [total_k]
+  const int* len;      ///< kIntervals: [total_k]
+  int lowering;  ///< LoweringCode
+  int view;  ///< the view that a per-view kernel builds
+};
+
+/// Parameters of the forward kernels. Strides are in elements.
+struct ForwardParams {
+  const void* q;
+  const void* k;
+  const void* v;
+  void* out;
+  float* lse;       ///< [heads, total_q], may be null
+  const int* plan;  ///< plan buffer
+  long long q_token_stride, q_head_stride;
+  long long k_token_stride, k_head_stride;
+  long long v_token_stride, v_head_stride;
+  long long out_token_stride, out_head_stride;
+  long long query_tiles;  ///< offset of the view's QueryTile list, in ints
+  long long key_tiles;    ///< offset of the view's KeyTile array
+  long long first;        ///< offsets of the intervals
+  long long len;
+  int query_tile_count;  ///< offset of the number of query tiles (in the meta section)
+  int max_query_tiles;   ///< grid extent of the tile dimension: tile_slots(total_q, batch, block_m)
+  int total_q;
+  int heads;
+  int heads_per_kv;    ///< heads / heads_kv
+  int heads_in_group;  ///< heads walked together per query tile, so that their K/V stay in L2
+  float scale_log2;    ///< softmax_scale * log2(e); with softcap: softcap * log2(e)
+  float softcap_in;    ///< with softcap: softmax_scale / softcap
+};
+
+}  // namespace treeattn
