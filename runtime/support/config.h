@@ -1,4 +1,5 @@
 // Every environment variable the library reads, read once. The table in README.md is this file's.
+// Parsing neither throws nor logs: bad values are listed.
 #pragma once
 
 #include <string>
@@ -14,21 +15,23 @@ enum class LogLevel { kError, kWarning, kInfo, kDebug };
 
 struct EnvVar {
   std::string name;
-  std::string value;    ///< as set, empty if unset
-  std::string effect;   ///< one line for doctor and the README
+  std::string value;   ///< as set, empty if unset
+  std::string effect;  ///< one line for doctor and the README
 };
 
 /// Values after parsing; a bad value falls back to the default and is listed in `problems`.
 struct Config {
-  std::string cache_dir;               ///< TREEATTN_CACHE_DIR, else XDG_CACHE_HOME/treeattn, else ~/.cache/treeattn; empty: memory only
-  std::vector<std::string> cache_path; ///< TREEATTN_CACHE_PATH: read-only roots, searched first
-  JitPolicy jit = JitPolicy::kAuto;    ///< TREEATTN_JIT = auto | off | force
+  /// TREEATTN_CACHE_DIR, else XDG_CACHE_HOME/treeattn, else HOME/.cache/treeattn; absolute;
+  /// empty: memory only.
+  std::string cache_dir;
+  std::vector<std::string> cache_path;  ///< TREEATTN_CACHE_PATH: read-only roots, searched first
+  JitPolicy jit = JitPolicy::kAuto;     ///< TREEATTN_JIT = auto | off | force
   CaptureMiss capture_miss = CaptureMiss::kLoad;  ///< TREEATTN_CAPTURE_MISS = load | error
   LogLevel log_level = LogLevel::kWarning;        ///< TREEATTN_LOG = error | warning | info | debug
-  std::string nvrtc_path;              ///< TREEATTN_NVRTC: library file or its folder
-  std::string driver_path;             ///< TREEATTN_LIBCUDA: library file
-  std::string dump_dir;                ///< TREEATTN_DUMP: source, log and cubin of every compile
-  std::string template_dir;            ///< TREEATTN_TEMPLATE_DIR: read templates from here
+  std::string nvrtc_path;                         ///< TREEATTN_NVRTC: library file or its folder
+  std::string driver_path;                        ///< TREEATTN_LIBCUDA: library file
+  std::string dump_dir;      ///< TREEATTN_DUMP: source, log and cubin of every compile
+  std::string template_dir;  ///< TREEATTN_TEMPLATE_DIR: read templates from here
   std::vector<std::string> problems;
 
   /// Parses the environment afresh (tests); apps use config().

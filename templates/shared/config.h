@@ -1,5 +1,6 @@
-// What one generated kernel is specialised on. The host compiles this file to size shared memory and
-// launches; NVRTC compiles the same text inside every generated source, so the two cannot disagree.
+// What one generated kernel is specialised on. The host compiles this file to size shared memory
+// and launches; NVRTC compiles the same text inside every generated source, so the two cannot
+// disagree.
 #pragma once
 
 #if defined(__CUDACC__) || defined(__CUDACC_RTC__)
@@ -29,7 +30,8 @@ struct ForwardConfig {
   int warps;       ///< each owns block_m / warps rows (16 or 32)
   bool softcap;
 
-  /// Key tiles classified per pass over the plan's tile bounds; one visit bit each in shared memory.
+  /// Key tiles classified per pass over the plan's tile bounds; one visit bit each in shared
+  /// memory.
   static constexpr int kScanTiles = 2048;
 
   TREEATTN_HOST_DEVICE constexpr int threads() const { return warps * 32; }
@@ -41,17 +43,21 @@ struct ForwardConfig {
   }
   TREEATTN_HOST_DEVICE constexpr int k_stage_bytes() const { return block_n * head_dim * 2; }
   TREEATTN_HOST_DEVICE constexpr int v_stage_bytes() const { return block_n * head_dim_v * 2; }
-  /// Per stage: first[block_n], len[block_n], then the tile's bounds (4 ints), all int32.
+  /// Per stage: first[block_n], len[block_n], then the tile's KeyTile bounds, all int32.
   TREEATTN_HOST_DEVICE constexpr int mask_stage_bytes() const { return (2 * block_n + 4) * 4; }
   TREEATTN_HOST_DEVICE constexpr int k_offset() const { return q_bytes(); }
-  TREEATTN_HOST_DEVICE constexpr int v_offset() const { return k_offset() + stages * k_stage_bytes(); }
+  TREEATTN_HOST_DEVICE constexpr int v_offset() const {
+    return k_offset() + stages * k_stage_bytes();
+  }
   TREEATTN_HOST_DEVICE constexpr int mask_offset() const {
     return v_offset() + stages * v_stage_bytes();
   }
   TREEATTN_HOST_DEVICE constexpr int visit_offset() const {
     return mask_offset() + stages * mask_stage_bytes();
   }
-  TREEATTN_HOST_DEVICE constexpr int smem_bytes() const { return visit_offset() + kScanTiles / 8; }
+  /// What the block works on, kept here because the main loop has no registers for it.
+  TREEATTN_HOST_DEVICE constexpr int work_offset() const { return visit_offset() + kScanTiles / 8; }
+  TREEATTN_HOST_DEVICE constexpr int smem_bytes() const { return work_offset() + 64; }
 };
 
 }  // namespace treeattn

@@ -1,4 +1,5 @@
-// Kernel parameters, exactly as passed. Both compilers see this file; sizes are asserted on both sides.
+// Kernel parameters, exactly as passed. Both compilers see this file; sizes are asserted on both
+// sides.
 #pragma once
 
 #include "plan.h"
@@ -24,8 +25,7 @@ struct PlanParams {
   const int* end_k;    ///< kTree: [total_k]
   const int* first;    ///< kIntervals: [total_k]
   const int* len;      ///< kIntervals: [total_k]
-  int lowering;  ///< LoweringCode
-  int view;  ///< the view that a per-view kernel builds
+  int lowering;        ///< LoweringCode
 };
 
 /// Parameters of the forward kernels. Strides are in elements.

@@ -1,5 +1,5 @@
-// Layout of the plan: one relocatable int32 device buffer, described by a small plain header. The CPU
-// builder, the device builder and every kernel share this file.
+// Layout of the plan: one relocatable int32 device buffer, described by a small plain header. The
+// CPU builder, the device builder and every kernel share this file.
 #pragma once
 
 #include "config.h"
@@ -20,7 +20,8 @@ struct PlanView {
   int block_n;
 };
 
-/// The header: all offsets into the buffer follow from it. Plain data; the same in C, C++ and Python.
+/// The header: all offsets into the buffer follow from it. Plain data; the same in C, C++ and
+/// Python.
 struct PlanShape {
   int total_q;
   int total_k;
@@ -82,10 +83,12 @@ TREEATTN_HOST_DEVICE constexpr bool tile_full(const KeyTile& t, int m0, int m1) 
   return t.max_first <= m0 && t.min_last >= m1;
 }
 
-TREEATTN_HOST_DEVICE constexpr long long plan_align(long long ints) { return (ints + 3) / 4 * 4; }
+TREEATTN_HOST_DEVICE constexpr long long plan_align(long long ints) {
+  return (ints + 3) / 4 * 4;
+}
 
-/// Slots of `tile`-sized tiles over `total` tokens in `batch` sequences: sequence b's tiles start at
-/// slot cu[b] / tile + b, which never overlaps the next sequence's and needs no prefix sum.
+/// Slots of `tile`-sized tiles over `total` tokens in `batch` sequences: sequence b's tiles start
+/// at slot cu[b] / tile + b, which never overlaps the next sequence's and needs no prefix sum.
 TREEATTN_HOST_DEVICE constexpr int tile_slots(int total, int batch, int tile) {
   return total / tile + batch + 1;
 }
@@ -119,9 +122,19 @@ TREEATTN_HOST_DEVICE constexpr int plan_levels(int slots) {
   return levels;
 }
 
-/// Scratch: visits as a difference array [slots_m + 1], then min and max tables [levels][slots_m].
-TREEATTN_HOST_DEVICE constexpr long long plan_scratch_ints(int slots_m) {
-  return plan_align(slots_m + 1) + 2LL * plan_levels(slots_m) * slots_m;
+/// Tiles are ordered by `weight >> shift`, with the least shift that leaves fewer bins than this;
+/// ties keep their row order, so that the CPU and the device builder agree.
+inline constexpr int kOrderBins = 2048;
+TREEATTN_HOST_DEVICE constexpr int plan_order_shift(int max_weight) {
+  int shift = 0;
+  while ((max_weight >> shift) >= kOrderBins) ++shift;
+  return shift;
+}
+
+/// Scratch: visits as a difference array [slots_m + 1], min and max tables [levels][slots_m], then
+/// sort keys [slots_m] and [slots_n].
+TREEATTN_HOST_DEVICE constexpr long long plan_scratch_ints(int slots_m, int slots_n) {
+  return plan_align(slots_m + 1) + (2LL * plan_levels(slots_m) + 1) * slots_m + slots_n;
 }
 
 TREEATTN_HOST_DEVICE constexpr PlanOffsets plan_offsets(const PlanShape& s) {
@@ -149,7 +162,7 @@ TREEATTN_HOST_DEVICE constexpr PlanOffsets plan_offsets(const PlanShape& s) {
     o.views[v].key_order = at;
     at += 4LL * slots_n;
     o.views[v].scratch = at;
-    at += plan_align(plan_scratch_ints(slots_m));
+    at += plan_align(plan_scratch_ints(slots_m, slots_n));
   }
   o.total_ints = at;
   return o;
