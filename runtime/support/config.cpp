@@ -157,6 +157,7 @@ const Config& config() {
 
 std::vector<EnvVar> environment_table() {
   std::vector<EnvVar> table;
+  table.reserve(kVariables.size());
   for (const Variable& variable : kVariables) {
     table.push_back({variable.name, environment(variable.name), variable.effect});
   }

@@ -23,7 +23,7 @@
 #pragma once
 
 #include "../device/softmax.cuh"
-#include "../device/swizzle.cuh"
+#include "../device/tile_copy.cuh"
 
 namespace treeattn {
 namespace forward {
@@ -46,36 +46,6 @@ using VRows = SwizzledRows<kConfig.head_dim_v / 8>;
 static_assert(kWarpRows == 16 || kWarpRows == 32, "a warp owns one or two 16-row MMA tiles");
 static_assert(kN % 16 == 0 && kN % kGranuleKeys == 0, "key tiles are made of 16-key MMA steps");
 static_assert(kStages == 1 || kStages == 2, "one or two K/V stages");
-
-/// Least power of two that is not below n.
-__host__ __device__ constexpr int ceil_pow2(int n) {
-  int p = 1;
-  while (p < n) p *= 2;
-  return p;
-}
-
-/// Copies `valid` rows of kChunks 16-byte chunks into swizzled rows; the rest of kRows becomes
-/// zero. A power of two of threads serves each row, so that a thread keeps its chunk and only steps
-/// rows.
-template <int kRows, int kChunks>
-__device__ __forceinline__ void load_rows(u32 dst, const u16* src, i64 row_stride, int valid) {
-  constexpr int kRowThreads = ceil_pow2(kChunks);
-  constexpr int kRowsPerPass = kThreads / kRowThreads;
-  constexpr int kPasses = (kRows + kRowsPerPass - 1) / kRowsPerPass;
-  const u32 thread = thread_index_here();
-  const u32 chunk = thread % kRowThreads;
-  const int row0 = static_cast<int>(thread / kRowThreads);
-  if (kChunks != kRowThreads && chunk >= kChunks) return;
-  const u16* from = src + row0 * row_stride + chunk * 8;
-#pragma unroll
-  for (int pass = 0; pass < kPasses; ++pass) {
-    const int row = row0 + pass * kRowsPerPass;
-    if (kRows % kRowsPerPass == 0 || row < kRows) {
-      cp_async_16(dst + SwizzledRows<kChunks>::offset(row, chunk), from, row < valid);
-    }
-    from += kRowsPerPass * row_stride;
-  }
-}
 
 /// What a block works on. It lies in shared memory and is read again wherever it is needed: the
 /// main loop has no registers to keep it.
@@ -118,9 +88,9 @@ struct Work {
     const QueryTile tile = this->tile();
     const int key = t * kN;
     const u16* k = ld_shared_pointer<u16>(address() + 32);
-    load_rows<kN, kConfig.head_dim / 8>(smem + kConfig.k_offset() + stage * kConfig.k_stage_bytes(),
-                                        k + key * p.k_token_stride, p.k_token_stride,
-                                        min(kN, tile.keys - key));
+    load_rows<kThreads, kN, kConfig.head_dim / 8>(
+        smem + kConfig.k_offset() + stage * kConfig.k_stage_bytes(), k + key * p.k_token_stride,
+        p.k_token_stride, min(kN, tile.keys - key));
     if (threadIdx.x == 0) {  // bounds travel with K: they decide whether a warp needs the tile
       cp_async_16(mask_address(stage) + 2 * kN * 4,
                   p.plan + p.key_tiles + static_cast<i64>(tile.slot0 + t) * kKeyTileInts, true);
@@ -132,7 +102,7 @@ struct Work {
     const int key = t * kN;
     const int valid = min(kN, tile.keys - key);
     const u16* v = ld_shared_pointer<u16>(address() + 40);
-    load_rows<kN, kConfig.head_dim_v / 8>(
+    load_rows<kThreads, kN, kConfig.head_dim_v / 8>(
         smem + kConfig.v_offset() + stage * kConfig.v_stage_bytes(), v + key * p.v_token_stride,
         p.v_token_stride, valid);
     constexpr int kPasses = (2 * kN + kThreads - 1) / kThreads;
@@ -538,7 +508,7 @@ __device__ __forceinline__ void run(const ForwardParams& p) {
         static_cast<const u16*>(p.k) + kv_head * p.k_head_stride + tile.key0 * p.k_token_stride,
         static_cast<const u16*>(p.v) + kv_head * p.v_head_stride + tile.key0 * p.v_token_stride);
   }
-  load_rows<kM, kConfig.head_dim / 8>(
+  load_rows<kThreads, kM, kConfig.head_dim / 8>(
       work.smem,
       static_cast<const u16*>(p.q) + head * p.q_head_stride + tile.row0 * p.q_token_stride,
       p.q_token_stride, tile.rows);

@@ -60,4 +60,45 @@ struct ForwardConfig {
   TREEATTN_HOST_DEVICE constexpr int smem_bytes() const { return work_offset() + 64; }
 };
 
+/// Everything a backward kernel is specialised on. Rows in shared memory are padded to whole 16-dim
+/// MMA steps with zeros.
+struct BackwardConfig {
+  KernelDType dtype;
+  int head_dim;
+  int head_dim_v;
+  int block_m;  ///< query rows per step
+  int block_n;  ///< keys per thread block
+  int stages;   ///< Q and dO tiles in shared memory (1 or 2)
+  int warps;    ///< 4 or 8: two by warps / 2 over every product
+  bool softcap;
+
+  TREEATTN_HOST_DEVICE constexpr int threads() const { return warps * 32; }
+  TREEATTN_HOST_DEVICE constexpr int padded_dim() const { return (head_dim + 15) / 16 * 16; }
+  TREEATTN_HOST_DEVICE constexpr int padded_dim_v() const { return (head_dim_v + 15) / 16 * 16; }
+
+  // Shared memory, in bytes, in this order. K and V are reused for dK and dV when the block ends.
+  TREEATTN_HOST_DEVICE constexpr int k_bytes() const { return block_n * padded_dim() * 2; }
+  TREEATTN_HOST_DEVICE constexpr int v_bytes() const { return block_n * padded_dim_v() * 2; }
+  TREEATTN_HOST_DEVICE constexpr int q_stage_bytes() const { return block_m * padded_dim() * 2; }
+  TREEATTN_HOST_DEVICE constexpr int do_stage_bytes() const { return block_m * padded_dim_v() * 2; }
+  TREEATTN_HOST_DEVICE constexpr int p_bytes() const { return block_m * block_n * 2; }
+  TREEATTN_HOST_DEVICE constexpr int v_offset() const { return k_bytes(); }
+  TREEATTN_HOST_DEVICE constexpr int q_offset() const { return v_offset() + v_bytes(); }
+  TREEATTN_HOST_DEVICE constexpr int do_offset() const {
+    return q_offset() + stages * q_stage_bytes();
+  }
+  TREEATTN_HOST_DEVICE constexpr int p_offset() const {
+    return do_offset() + stages * do_stage_bytes();
+  }
+  TREEATTN_HOST_DEVICE constexpr int ds_offset() const { return p_offset() + p_bytes(); }
+  /// Per stage: lse[block_m] in the log2 domain, then delta[block_m], f32.
+  TREEATTN_HOST_DEVICE constexpr int stats_stage_bytes() const { return 2 * block_m * 4; }
+  TREEATTN_HOST_DEVICE constexpr int stats_offset() const { return ds_offset() + p_bytes(); }
+  /// first[block_n], len[block_n].
+  TREEATTN_HOST_DEVICE constexpr int mask_offset() const {
+    return stats_offset() + stages * stats_stage_bytes();
+  }
+  TREEATTN_HOST_DEVICE constexpr int smem_bytes() const { return mask_offset() + 2 * block_n * 4; }
+};
+
 }  // namespace treeattn

@@ -54,4 +54,52 @@ struct ForwardParams {
   float softcap_in;    ///< with softcap: softmax_scale / softcap
 };
 
+/// Parameters of the backward kernels. Strides are in elements.
+struct BackwardParams {
+  const void* q;
+  const void* k;
+  const void* v;
+  const void* out;
+  const void* dout;
+  const float* lse;   ///< [heads, total_q], as forward wrote it
+  const float* dlse;  ///< [heads, total_q], may be null
+  void* dq;
+  void* dk;
+  void* dv;
+  const int* plan;
+  // Workspace
+  float* lse_log2;        ///< [heads, total_q]: lse * log2(e), +inf where a row sees nothing
+  float* delta;           ///< [heads, total_q]
+  float* dq_accumulator;  ///< [heads, total_q, head_dim]
+  float* dk_accumulator;  ///< [total_k, heads_kv, head_dim], only where head_shares > 1
+  float* dv_accumulator;  ///< [total_k, heads_kv, head_dim_v], likewise
+  long long q_token_stride, q_head_stride;
+  long long k_token_stride, k_head_stride;
+  long long v_token_stride, v_head_stride;
+  long long out_token_stride, out_head_stride;
+  long long dout_token_stride, dout_head_stride;
+  long long dq_token_stride, dq_head_stride;
+  long long dk_token_stride, dk_head_stride;
+  long long dv_token_stride, dv_head_stride;
+  long long key_tiles;  ///< offset of the view's KeyTile array
+  long long key_order;  ///< offset of the view's key tiles, heavy first
+  long long first;      ///< offsets of the intervals
+  long long len;
+  long long cu_q;       ///< offset of cu_seqlens_q
+  long long seq_fault;  ///< offset of the fault bits
+  int key_tile_count;   ///< offset of the number of key tiles (in the meta section)
+  int max_key_tiles;    ///< grid extent: tile_slots(total_k, batch, block_n)
+  int batch;
+  int total_q;
+  int total_k;
+  int heads;
+  int heads_kv;
+  int heads_per_kv;
+  int kv_heads_in_group;  ///< kv heads walked together per key tile
+  int head_shares;        ///< blocks that share the query heads of a kv head
+  float softmax_scale;    ///< with softcap: of the score gradient too
+  float scale_log2;       ///< softmax_scale * log2(e); with softcap: softcap * log2(e)
+  float softcap_in;       ///< with softcap: softmax_scale / softcap
+};
+
 }  // namespace treeattn

@@ -132,14 +132,13 @@ TEST_F(Measures, TheEmulationsOwnErrorIsThatOfItsType) {
   EXPECT_LT(emulated_vector_bound(f16, case_.heads, case_.head_dim_v), bound_ / 4);
 }
 
-TEST_F(Measures, AZeroedRowPassesTheGlobalNormButNotTheVectorBound) {
+TEST_F(Measures, AZeroedRowBreaksTheVectorBound) {
   std::vector<double> out = expected_.emulated_out;
   const std::size_t row = last_row();
   std::fill_n(out.begin() + static_cast<long>(row) * 64, 64, 0.0);
   const ForwardError error = compare(out);
   EXPECT_GT(error.worst_vector, 10 * bound_);
   EXPECT_EQ(error.worst_row, static_cast<std::int64_t>(row));
-  EXPECT_LT(error.rel_l2, 4e-3);
 }
 
 TEST_F(Measures, ADroppedKeyTileBreaksTheVectorBound) {
@@ -208,6 +207,7 @@ TEST(RandomCase, ThreeHundredSeedsCoverTheComposition) {
   int other_v = 0, spare = 0, strided = 0;
   RandomCaseOptions options;
   options.most_long_tokens = 2300;
+  options.numbers = false;
   for (std::uint64_t seed = 0; seed < 300; ++seed) {
     const RandomCase c = random_case(seed, options);
     dims.insert(c.head_dim);

@@ -133,11 +133,13 @@ TEST(StoreRace, AWriterKilledAnywhereLeavesAWholeEntryOrNone) {
       CubinStore store = store_at(root);
       std::string why;
       started.open();
-      for (;;) store.publish(artifact, why);
+      while (store.publish(artifact, why)) {
+      }
+      return 1;
     });
     started.wait();
     // However far the child came, the next process must not notice.
-    for (int i = 0; i < round; ++i) sched_yield();
+    for (int i = 0; i < 300 * round; ++i) sched_yield();
     child.send(SIGKILL);
     EXPECT_EQ(child.wait(), -SIGKILL);
     CubinStore store = store_at(root);
@@ -182,6 +184,33 @@ TEST(StoreRace, AFileSizeLimitFailsThePublishAndLeavesNothing) {
     const Artifact kept = fake_artifact(1);
     EXPECT_EQ(store.find(kept.key, kept.spec, 13), kept);
   }
+}
+
+TEST(StoreRace, AFolderWithoutWritePermissionStillServes) {
+  const TempDir folder;
+  ChildProcess child([&] {
+    constexpr uid_t kSomeUser = 54321;  // root may write everywhere
+    if (geteuid() == 0 && (chown(folder.path().c_str(), kSomeUser, kSomeUser) != 0 ||
+                           setgid(kSomeUser) != 0 || setuid(kSomeUser) != 0)) {
+      return 10;
+    }
+    const fs::path root = folder / "cache";
+    const Artifact kept = fake_artifact(1);
+    std::string why;
+    if (!store_at(root).publish(kept, why)) return 11;
+    for (const auto& entry : fs::recursive_directory_iterator(root)) {
+      if (entry.is_directory()) fs::permissions(entry, fs::perms(0500));
+    }
+    fs::permissions(root, fs::perms(0500));
+    if (store_at(root).find(kept.key, kept.spec, 13) != kept) return 12;
+    const int code = publish_must_fail(root, "Permission denied");
+    fs::permissions(root, fs::perms(0700));
+    for (const auto& entry : fs::recursive_directory_iterator(root)) {
+      if (entry.is_directory()) fs::permissions(entry, fs::perms(0700));
+    }
+    return code;
+  });
+  EXPECT_EQ(child.wait(), 0);
 }
 
 TEST(StoreRace, AFullDiskFailsThePublishAndLeavesNothing) {

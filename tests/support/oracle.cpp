@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstddef>
+#include <cstring>
 #include <limits>
 #include <thread>
 
@@ -18,6 +19,8 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 /// Rows and keys of the micro kernel.
 constexpr int kRows = 4;
 constexpr int kKeys = 4;
+/// Keys whose v stay in cache while the rows are multiplied with them.
+constexpr std::int64_t kKeyBlock = 32;
 using Lanes = double __attribute__((vector_size(kKeys * sizeof(double))));
 
 double round_to(Emulate type, double value) {
@@ -51,31 +54,37 @@ class RowBlock {
   RowBlock(const OracleCase& problem, Emulate emulate, OracleResult& result)
       : p_(problem), emulate_(emulate), result_(result), zero_row_(problem.head_dim, 0.0) {}
 
-  void run(int b, int head, std::int64_t i0, const std::vector<Lanes>& keys) {
+  /// Rows from i0 on of sequence b, for all `heads` query heads of one kv head.
+  void run(int b, int head0, int heads, std::int64_t i0, const std::vector<Lanes>& keys) {
     b_ = b;
-    head_ = head;
     i0_ = i0;
     rows_ = static_cast<int>(std::min<std::int64_t>(kRows, p_.cu_q[b + 1] - p_.cu_q[b] - i0));
     len_k_ = p_.cu_k[b + 1] - p_.cu_k[b];
-    const std::int64_t blocks = (len_k_ + kKeys - 1) / kKeys;
-    seen_.assign(static_cast<std::size_t>(blocks * kKeys), 0);
-    for (auto& row : weight_) row.resize(static_cast<std::size_t>(blocks * kKeys));
-    for (std::int64_t block = 0; block < blocks; ++block) score(block, keys.data());
-    softmax();
-    weighted_sum(Emulate::kNothing, result_.out);
-    if (emulate_ != Emulate::kNothing) weighted_sum(emulate_, result_.emulated_out);
+    look();
+    for (head_ = head0; head_ < head0 + heads; ++head_) {
+      for (std::int64_t block = 0; block * kKeys < len_k_; ++block) score(block, keys.data());
+      softmax();
+      weighted_sum(Emulate::kNothing, result_.out);
+      if (emulate_ != Emulate::kNothing) weighted_sum(emulate_, result_.emulated_out);
+    }
   }
 
  private:
-  void score(std::int64_t block, const Lanes* keys) {
-    bool any = false;
-    for (std::int64_t j = block * kKeys; j < std::min(len_k_, (block + 1) * kKeys); ++j) {
+  /// The element rule, for every pair.
+  void look() {
+    const auto slots = static_cast<std::size_t>((len_k_ + kKeys - 1) / kKeys * kKeys);
+    seen_.assign(slots, 0);
+    for (auto& row : weight_) row.resize(slots);
+    for (std::int64_t j = 0; j < len_k_; ++j) {
       for (int r = 0; r < rows_; ++r) {
         if (oracle_sees(p_, b_, i0_ + r, j)) seen_[j] |= static_cast<std::uint8_t>(1 << r);
       }
-      any |= seen_[j] != 0;
     }
-    if (!any) return;
+  }
+
+  void score(std::int64_t block, const Lanes* keys) {
+    const std::uint8_t* seen = &seen_[block * kKeys];
+    if (std::all_of(seen, seen + kKeys, [](std::uint8_t bits) { return bits == 0; })) return;
     const double* q[kRows];
     for (int r = 0; r < kRows; ++r) {
       q[r] = r < rows_ ? &p_.q[((p_.cu_q[b_] + i0_ + r) * p_.heads + head_) * p_.head_dim]
@@ -118,21 +127,58 @@ class RowBlock {
     for (int r = 0; r < rows_; ++r) {
       to[r] = &out[((p_.cu_q[b_] + i0_ + r) * p_.heads + head_) * dim];
     }
-    for (std::int64_t j = 0; j < len_k_; ++j) {
-      if (seen_[j] == 0) continue;
-      const double* v = &p_.v[((p_.cu_k[b_] + j) * p_.heads_kv + head_kv) * dim];
-      for (int r = 0; r < rows_; ++r) {
-        if (((seen_[j] >> r) & 1) == 0) continue;
-        const double w =
-            emulate == Emulate::kNothing ? weight_[r][j] : round_to(emulate, weight_[r][j]);
-        double* row = to[r];
-        for (int d = 0; d < dim; ++d) row[d] += w * v[d];
-      }
+    if (emulate != Emulate::kNothing) round_weights(emulate);
+    for (std::int64_t j0 = 0; j0 < len_k_; j0 += kKeyBlock) {
+      const std::int64_t j1 = std::min(len_k_, j0 + kKeyBlock);
+      const double* v = &p_.v[((p_.cu_k[b_] + j0) * p_.heads_kv + head_kv) * dim];
+      const bool all_seen = std::all_of(seen_.begin() + j0, seen_.begin() + j1,
+                                        [](std::uint8_t bits) { return bits == (1 << kRows) - 1; });
+      const int vectors = all_seen ? dim / kKeys * kKeys : 0;
+      for (int d = 0; d < vectors; d += kKeys) add_block(v + d, j0, j1, d, to);
+      add_seen(v, j0, j1, vectors, to);
     }
     for (int r = 0; r < rows_; ++r) {
       for (int d = 0; d < dim && sum_[r] != 0; ++d) {
         to[r][d] /= sum_[r];
         if (emulate != Emulate::kNothing) to[r][d] = round_to(emulate, to[r][d]);
+      }
+    }
+  }
+
+  void round_weights(Emulate emulate) {
+    for (int r = 0; r < rows_; ++r) {
+      for (std::int64_t j = 0; j < len_k_; ++j) {
+        if ((seen_[j] >> r) & 1) weight_[r][j] = round_to(emulate, weight_[r][j]);
+      }
+    }
+  }
+
+  /// All rows times keys [j0, j1), which all of them see, for kKeys elements of v from d on.
+  void add_block(const double* v, std::int64_t j0, std::int64_t j1, int d,
+                 double* const* to) const {
+    const std::int64_t step = static_cast<std::int64_t>(p_.heads_kv) * p_.head_dim_v;
+    Lanes sums[kRows] = {};
+    for (std::int64_t j = j0; j < j1; ++j, v += step) {
+      Lanes values;
+      std::memcpy(&values, v, sizeof values);
+      for (int r = 0; r < kRows; ++r) sums[r] += weight_[r][j] * values;
+    }
+    for (int r = 0; r < kRows; ++r) {
+      for (int n = 0; n < kKeys; ++n) to[r][d + n] += sums[r][n];
+    }
+  }
+
+  /// Elements from `begin` on, pair by pair: what a row does not see is not touched.
+  void add_seen(const double* v, std::int64_t j0, std::int64_t j1, int begin,
+                double* const* to) const {
+    const int dim = p_.head_dim_v;
+    if (begin == dim) return;
+    for (std::int64_t j = j0; j < j1; ++j, v += static_cast<std::int64_t>(p_.heads_kv) * dim) {
+      for (int r = 0; r < rows_; ++r) {
+        if (((seen_[j] >> r) & 1) == 0) continue;
+        const double w = weight_[r][j];
+        double* row = to[r];
+        for (int d = begin; d < dim; ++d) row[d] += w * v[d];
       }
     }
   }
@@ -212,13 +258,12 @@ OracleResult oracle_forward(const OracleCase& problem, Emulate emulate, int thre
       const auto work = [&] {
         RowBlock rows(problem, emulate, result);
         // Late rows see most, so they go first.
-        for (std::int64_t t = next++; t < blocks * group; t = next++) {
-          rows.run(b, head_kv * group + static_cast<int>(t % group),
-                   (blocks - 1 - t / group) * kRows, keys);
+        for (std::int64_t t = next++; t < blocks; t = next++) {
+          rows.run(b, head_kv * group, group, (blocks - 1 - t) * kRows, keys);
         }
       };
       std::vector<std::jthread> pool;
-      for (unsigned n = 1; n < workers && blocks * group > 64; ++n) pool.emplace_back(work);
+      for (unsigned n = 1; n < workers && blocks > 16; ++n) pool.emplace_back(work);
       work();
     }
   }

@@ -42,7 +42,6 @@ const T* pointer_or_null(const std::vector<T>& values) {
   return values.empty() ? nullptr : values.data();
 }
 
-/// Two independent normal numbers a call would do; one is simpler to reproduce.
 double normal(SplitMix64& rng) {
   const double u = 1.0 - rng.uniform();
   return std::sqrt(-2 * std::log(u)) * std::cos(2 * 3.14159265358979323846 * rng.uniform());
@@ -199,6 +198,7 @@ class CaseMaker {
     case_.k = tensor(case_.total_k, case_.heads_kv, case_.head_dim);
     case_.v = tensor(case_.total_k, case_.heads_kv, case_.head_dim_v);
     case_.out = tensor(case_.total_q, case_.heads, case_.head_dim_v);
+    if (!options_.numbers) return;
     fill(case_.q, case_.cu_q.back(), q_size_);
     fill(case_.k, case_.cu_k.back(), 1);
     fill(case_.v, case_.cu_k.back(), 1);

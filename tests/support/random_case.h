@@ -71,6 +71,7 @@ struct RandomCaseOptions {
   int most_short_tokens = 700;
   int most_long_tokens = 4500;
   int most_heads = 8;
+  bool numbers = true;  ///< false: q, k and v stay NaN, for who only looks at shapes
   std::optional<DType> dtype;
   std::optional<int> head_dim;
   std::optional<int> head_dim_v;

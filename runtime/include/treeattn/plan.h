@@ -14,7 +14,8 @@ enum class Lowering : int {
   kIntervals = 3,  ///< first[] and len[] given by the caller
 };
 
-/// Plain data that describes a plan's buffer; copy it freely. The buffer holds int32 and no pointers.
+/// Plain data that describes a plan's buffer; copy it freely. The buffer holds int32 and no
+/// pointers.
 struct Plan {
   std::uint32_t struct_size = sizeof(Plan);
   std::uint32_t version = 1;

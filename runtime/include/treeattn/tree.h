@@ -14,11 +14,12 @@ struct TreeNode {
   std::int64_t length = 0;
 };
 
-/// A forest whose nodes are stored in DFS pre-order: the packed sequence is the nodes' tokens in order.
+/// A forest whose nodes are stored in DFS pre-order: the packed sequence is the nodes' tokens in
+/// order.
 class Tree {
  public:
-  /// From nodes in any order in which parents precede children; reordered to DFS pre-order (children
-  /// keep their order). Throws Error(kInvalidTree) naming the node.
+  /// From nodes in any order in which parents precede children; reordered to DFS pre-order
+  /// (children keep their order). Throws Error(kInvalidTree) naming the node.
   static Tree from_nodes(std::span<const TreeNode> nodes);
   /// From the packed arrays of one sequence. Throws Error(kInvalidTree) naming the first bad token.
   static Tree from_arrays(std::span<const std::int32_t> start, std::span<const std::int32_t> end);
@@ -49,13 +50,13 @@ class Tree {
 /// A batch of token rows merged into a prefix tree, with the maps back.
 struct PackedRows {
   Tree tree;
-  std::vector<std::int64_t> tokens;       ///< packed token ids, in DFS order
-  std::vector<std::int32_t> position_ids; ///< depth of each packed token
-  std::vector<std::int64_t> row_offsets;  ///< [rows + 1] into row_positions
-  std::vector<std::int64_t> row_positions;///< packed position of every token of every input row
+  std::vector<std::int64_t> tokens;         ///< packed token ids, in DFS order
+  std::vector<std::int32_t> position_ids;   ///< depth of each packed token
+  std::vector<std::int64_t> row_offsets;    ///< [rows + 1] into row_positions
+  std::vector<std::int64_t> row_positions;  ///< packed position of every token of every input row
 };
-/// Builds the prefix tree of the rows: shared prefixes are stored once. Empty rows and duplicates are
-/// legal. O(total tokens).
+/// Builds the prefix tree of the rows: shared prefixes are stored once. Empty rows and duplicates
+/// are legal. O(total tokens).
 PackedRows pack_rows(std::span<const std::span<const std::int64_t>> rows);
 
 }  // namespace treeattn

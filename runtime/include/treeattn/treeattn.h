@@ -1,8 +1,9 @@
 /// treeattn: exact tree attention with run-time compiled CUDA kernels. The C++ API.
 ///
 /// Packed (varlen) layout as in FlashAttention: q [total_q, heads, head_dim], k [total_k, heads_kv,
-/// head_dim], v [total_k, heads_kv, head_dim_v], out [total_q, heads, head_dim_v], lse [heads, total_q].
-/// Every function throws treeattn::Error with what was wrong, what was expected and what to do next.
+/// head_dim], v [total_k, heads_kv, head_dim_v], out [total_q, heads, head_dim_v], lse [heads,
+/// total_q]. Every function throws treeattn::Error with what was wrong, what was expected and what
+/// to do next.
 #pragma once
 
 #include <cstddef>
@@ -26,8 +27,9 @@ enum class DType : std::int32_t { kF16 = 0, kBF16 = 1, kF32 = 2, kF64 = 3 };
 /// A CUstream. Null is the legacy default stream.
 using Stream = void*;
 
-/// A [tokens, heads, dim] tensor: the last dimension is contiguous, the other strides are in elements.
-/// On the GPU data and strides are multiples of 16 bytes. Strides of dimensions of size 1 are ignored.
+/// A [tokens, heads, dim] tensor: the last dimension is contiguous, the other strides are in
+/// elements. On the GPU data and strides are multiples of 16 bytes. Strides of dimensions of size 1
+/// are ignored.
 struct ConstTensor {
   const void* data = nullptr;
   std::int64_t token_stride = 0;
@@ -39,15 +41,18 @@ struct Tensor {
   std::int64_t head_stride = 0;
 };
 
-/// What a plan is built from. Pointers live where the engine does (device memory for a CUDA engine).
+/// What a plan is built from. Pointers live where the engine does (device memory for a CUDA
+/// engine).
 struct PlanInputs {
   Lowering lowering = Lowering::kTree;
-  const std::int32_t* cu_seqlens_q = nullptr;  ///< [batch + 1]
-  const std::int32_t* cu_seqlens_k = nullptr;  ///< [batch + 1]
+  const std::int32_t* cu_seqlens_q = nullptr;            ///< [batch + 1]
+  const std::int32_t* cu_seqlens_k = nullptr;            ///< [batch + 1]
   const std::int32_t* tree_dfs_order_start_q = nullptr;  ///< kTree: [total_q]
   const std::int32_t* tree_dfs_order_end_k = nullptr;    ///< kTree: [total_k]
-  const std::int32_t* first = nullptr;  ///< kIntervals: [total_k], packed row that first sees the key
-  const std::int32_t* len = nullptr;    ///< kIntervals: [total_k], rows that see it; 0: none (padding)
+  const std::int32_t* first =
+      nullptr;  ///< kIntervals: [total_k], packed row that first sees the key
+  const std::int32_t* len =
+      nullptr;  ///< kIntervals: [total_k], rows that see it; 0: none (padding)
 };
 
 /// Sizes and kinds of a problem, for planning and preparing.
@@ -68,12 +73,12 @@ struct ForwardArgs {
   int head_dim_v = 0;  ///< 0: as head_dim
   ConstTensor q, k, v;
   Tensor out;
-  float* lse = nullptr;  ///< [heads, total_q], natural logarithm; null: not wanted
-  double softmax_scale = 0;  ///< must be set and positive; 1 / sqrt(head_dim) is usual
-  double softcap = 0;        ///< > 0: scores become softcap * tanh(score / softcap)
-  const Plan* plan = nullptr;             ///< header of the plan
+  float* lse = nullptr;        ///< [heads, total_q], natural logarithm; null: not wanted
+  double softmax_scale = 0;    ///< must be set and positive; 1 / sqrt(head_dim) is usual
+  double softcap = 0;          ///< > 0: scores become softcap * tanh(score / softcap)
+  const Plan* plan = nullptr;  ///< header of the plan
   const std::int32_t* plan_buffer = nullptr;  ///< built by build_plan
-  void* workspace = nullptr;              ///< forward_workspace_bytes() bytes
+  void* workspace = nullptr;                  ///< forward_workspace_bytes() bytes
   std::size_t workspace_bytes = 0;
   /// Kernel to use in place of the default, as canonical text; empty: the default.
   std::string_view spec = {};
@@ -90,10 +95,10 @@ struct PlanReport {
 /// Counters since the engine was created.
 struct Stats {
   std::uint64_t launches = 0;
-  std::uint64_t memory_hits = 0;    ///< kernels found loaded
-  std::uint64_t disk_hits = 0;      ///< kernels loaded from the cache folders
-  std::uint64_t compiles = 0;       ///< kernels compiled here
-  std::uint64_t rejected = 0;       ///< cache entries refused as damaged or foreign
+  std::uint64_t memory_hits = 0;  ///< kernels found loaded
+  std::uint64_t disk_hits = 0;    ///< kernels loaded from the cache folders
+  std::uint64_t compiles = 0;     ///< kernels compiled here
+  std::uint64_t rejected = 0;     ///< cache entries refused as damaged or foreign
   double compile_ms = 0;
   double load_ms = 0;
 };
@@ -113,8 +118,9 @@ struct EngineOptions {
 };
 
 /// The entry point. A CUDA engine belongs to the context that was current when it was created (a
-/// framework's primary context, say); calls from threads without a current context use that context.
-/// Thread-safe. Nothing in build_plan() and forward() allocates device memory or synchronises.
+/// framework's primary context, say); calls from threads without a current context use that
+/// context. Thread-safe. Nothing in build_plan() and forward() allocates device memory or
+/// synchronises.
 class Engine {
  public:
   explicit Engine(const EngineOptions& options = {});
@@ -130,14 +136,16 @@ class Engine {
   Plan plan_for(std::int64_t total_q, std::int64_t total_k, int batch,
                 std::span<const Shape> shapes) const;
   /// Builds the plan into `buffer` (plan_bytes(plan) bytes). Asynchronous on the stream.
-  void build_plan(const Plan& plan, const PlanInputs& inputs, std::int32_t* buffer, Stream stream = nullptr);
+  void build_plan(const Plan& plan, const PlanInputs& inputs, std::int32_t* buffer,
+                  Stream stream = nullptr);
   /// Synchronises the stream and says whether the inputs were a valid tree.
   PlanReport validate(const Plan& plan, const std::int32_t* buffer, Stream stream = nullptr) const;
 
   std::size_t forward_workspace_bytes(const Plan& plan, const Shape& shape) const;
   void forward(const ForwardArgs& args, Stream stream = nullptr);
 
-  /// Loads (compiling if need be) the kernels for these shapes and the plan, ahead of capture or timing.
+  /// Loads (compiling if need be) the kernels for these shapes and the plan, ahead of capture or
+  /// timing.
   std::vector<PreparedKernel> prepare(std::span<const Shape> shapes);
   Stats stats() const;
 

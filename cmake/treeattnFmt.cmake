@@ -1,0 +1,6 @@
+# The target treeattn_fmt: fmt's headers, and its functions compiled once for whoever links it.
+find_package(fmt REQUIRED)
+find_path(TREEATTN_FMT_INCLUDE_DIR NAMES fmt/format-inl.h
+  REQUIRED)
+add_library(treeattn_fmt OBJECT ${CMAKE_CURRENT_LIST_DIR}/fmt_impl.cpp)
+target_include_directories(treeattn_fmt SYSTEM PUBLIC ${TREEATTN_FMT_INCLUDE_DIR})

@@ -1,0 +1,284 @@
+// The engine: checks arguments, picks kernels, launches. Device work is asynchronous; a call
+// allocates nothing once its kernels are loaded.
+#include <fmt/format.h>
+#include <pthread.h>
+
+#include <array>
+#include <atomic>
+#include <mutex>
+#include <thread>
+
+#include "generator/tile_space.h"
+#include "runtime/attention/cpu_forward.h"
+#include "runtime/attention/forward.h"
+#include "runtime/attention/plan_cpu.h"
+#include "runtime/cuda/device.h"
+#include "runtime/cuda/driver.h"
+#include "runtime/jit/kernel_cache.h"
+#include "runtime/jit/launch.h"
+#include "treeattn/treeattn.h"
+
+namespace treeattn {
+namespace {
+
+/// Counts forks: CUDA state does not survive one.
+std::atomic<unsigned>& fork_generation() {
+  static std::atomic<unsigned> generation = [] {
+    pthread_atfork(nullptr, nullptr, [] { fork_generation().fetch_add(1); });
+    return 0U;
+  }();
+  return generation;
+}
+
+/// The view that the CPU executor walks; any head dim fits it.
+constexpr PlanView kCpuView{128, 64};
+
+CUstream to_stream(Stream stream) {
+  return static_cast<CUstream>(stream);
+}
+
+}  // namespace
+
+struct Engine::Impl {
+  EngineKind kind = EngineKind::kCuda;
+  int threads = 0;
+  // CUDA engines only
+  CUcontext context = nullptr;
+  bool owns_primary = false;
+  DeviceInfo device;
+  Target target;
+  unsigned fork_generation_at_birth = 0;
+  std::unique_ptr<KernelCache> kernels;
+  std::atomic<std::uint64_t> launches{0};
+
+  bool cuda() const { return kind == EngineKind::kCuda; }
+
+  void attach() {
+    const DriverTable& d = driver();
+    check(d.cuCtxGetCurrent(&context), "cuCtxGetCurrent");
+    if (context == nullptr) {
+      CUdevice first{};
+      check(d.cuDeviceGet(&first, 0), "cuDeviceGet(0)");
+      check(d.cuDevicePrimaryCtxRetain(&context, first), "cuDevicePrimaryCtxRetain(0)");
+      owns_primary = true;
+    }
+    const ContextScope scope(context);
+    CUdevice ordinal{};
+    check(d.cuCtxGetDevice(&ordinal), "cuCtxGetDevice");
+    device = device_info(ordinal);
+    target = target_for_device(device.major, device.minor);
+    fork_generation_at_birth = fork_generation();
+    kernels = KernelCache::create_default();
+  }
+
+  void check_process() const {
+    if (fork_generation_at_birth == fork_generation()) return;
+    throw Error(
+        ErrorCode::kInvalidArgument,
+        "this engine was created before the process forked; CUDA does not survive a fork",
+        "create the engine in the child process (with Python's multiprocessing: use spawn)");
+  }
+
+  KernelSpec plan_spec() const {
+    KernelSpec spec;
+    spec.problem.pass = Pass::kPlan;
+    spec.problem.target = target;
+    return spec;
+  }
+
+  KernelSpec forward_spec(const Shape& shape) const {
+    return default_spec(forward_problem(shape, target));
+  }
+
+  KernelSpec forward_spec(const ForwardArgs& args) const {
+    const Shape shape = shape_of(args);
+    if (args.spec.empty()) return forward_spec(shape);
+    const KernelSpec spec = parse_kernel_spec(args.spec);
+    if (spec.problem != forward_problem(shape, target)) {
+      throw Error(ErrorCode::kInvalidArgument,
+                  fmt::format("spec {} does not fit these arguments, which ask for {}", args.spec,
+                              to_string(forward_problem(shape, target))));
+    }
+    return spec;
+  }
+
+  void launch(const LoadedKernel& kernel, std::size_t entry, unsigned x, unsigned y,
+              const void* params, std::size_t params_bytes, Stream stream) {
+    LaunchPlan plan;
+    plan.kernel = kernel.entry(entry).function;
+    plan.grid = {x, y, 1};
+    plan.threads = static_cast<unsigned>(kernel.entry(entry).threads);
+    plan.smem_bytes = static_cast<unsigned>(kernel.entry(entry).smem_bytes);
+    plan.params = params;
+    plan.params_bytes = params_bytes;
+    treeattn::launch(plan, to_stream(stream));
+    launches.fetch_add(1, std::memory_order_relaxed);
+  }
+
+  void build_plan(const PlanShape& shape, const PlanInputs& inputs, std::int32_t* buffer,
+                  Stream stream) {
+    const ContextScope scope(context);
+    const LoadedKernel& kernel = kernels->get(plan_spec(), to_stream(stream));
+    const PlanLaunch work = make_plan_launch(shape, inputs, buffer, device.sm_count);
+    const std::array grids{work.sequences, work.intervals, work.key_tiles, work.query_tiles};
+    for (std::size_t i = 0; i < grids.size(); ++i) {
+      launch(kernel, i, grids[i].x, grids[i].y, &work.params, sizeof(work.params), stream);
+    }
+  }
+
+  void forward(const ForwardArgs& args, const PlanShape& plan, Stream stream) {
+    const KernelSpec spec = forward_spec(args);
+    const ForwardLaunch work = make_forward_launch(args, plan, spec, device.l2_bytes);
+    if (work.blocks == 0) return;
+    const ContextScope scope(context);
+    launch(kernels->get(spec, to_stream(stream)), 0, work.blocks, 1, &work.params,
+           sizeof(work.params), stream);
+  }
+};
+
+Engine::Engine(const EngineOptions& options) : impl_(std::make_unique<Impl>()) {
+  impl_->kind = options.kind;
+  if (options.threads < 0) {
+    throw Error(ErrorCode::kInvalidArgument,
+                fmt::format("threads is {}, expected 0 (one per core) or more", options.threads));
+  }
+  impl_->threads = options.threads;
+  if (impl_->cuda()) impl_->attach();
+}
+
+Engine::~Engine() {
+  if (impl_ == nullptr || !impl_->owns_primary) return;
+  if (impl_->fork_generation_at_birth != fork_generation()) return;
+  const DriverTable* d = try_driver(nullptr);
+  if (d != nullptr) d->cuDevicePrimaryCtxRelease(impl_->device.ordinal);
+}
+
+Engine::Engine(Engine&&) noexcept = default;
+Engine& Engine::operator=(Engine&&) noexcept = default;
+
+EngineKind Engine::kind() const {
+  return impl_->kind;
+}
+
+std::string Engine::description() const {
+  if (!impl_->cuda()) {
+    const unsigned threads = impl_->threads > 0 ? static_cast<unsigned>(impl_->threads)
+                                                : std::max(1U, std::thread::hardware_concurrency());
+    return fmt::format("CPU executor, {} thread{}", threads, threads == 1 ? "" : "s");
+  }
+  return fmt::format("{} (compute capability {}.{}, {} SMs), kernels for {}", impl_->device.name,
+                     impl_->device.major, impl_->device.minor, impl_->device.sm_count,
+                     to_string(impl_->target));
+}
+
+Plan Engine::plan_for(std::int64_t total_q, std::int64_t total_k, int batch,
+                      std::span<const Shape> shapes) const {
+  const auto check_total = [](const char* name, std::int64_t value) {
+    if (value >= 0 && value <= INT32_MAX) return;
+    throw Error(ErrorCode::kInvalidArgument,
+                fmt::format("{} is {}, expected 0 to {}", name, value, INT32_MAX),
+                "split the batch");
+  };
+  check_total("total_q", total_q);
+  check_total("total_k", total_k);
+  PlanShape plan{};
+  plan.total_q = static_cast<int>(total_q);
+  plan.total_k = static_cast<int>(total_k);
+  plan.batch = batch;
+  const auto add_view = [&plan](PlanView view) {
+    if (find_view(plan, view.block_m, view.block_n) >= 0) return;
+    if (plan.num_views == kMaxPlanViews) {
+      throw Error(ErrorCode::kUnsupported,
+                  fmt::format("the shapes need more than {} different tile shapes", kMaxPlanViews),
+                  "make one plan for some of the shapes and another for the rest");
+    }
+    plan.views[plan.num_views++] = view;
+  };
+  if (!impl_->cuda()) add_view(kCpuView);
+  for (const Shape& shape : shapes) {
+    check_shape(shape, impl_->cuda());
+    if (!impl_->cuda()) continue;
+    const TileConfig tile = impl_->forward_spec(shape).tile;
+    add_view({tile.block_m, tile.block_n});
+  }
+  const Plan header = to_plan(plan);
+  to_plan_shape(header);  // checks batch
+  return header;
+}
+
+void Engine::build_plan(const Plan& plan, const PlanInputs& inputs, std::int32_t* buffer,
+                        Stream stream) {
+  const PlanShape shape = to_plan_shape(plan);
+  check_plan_inputs(shape, inputs);
+  if (buffer == nullptr) {
+    throw Error(
+        ErrorCode::kInvalidArgument,
+        fmt::format("buffer is null, expected plan_bytes(plan) = {} bytes", plan_bytes(plan)));
+  }
+  if (reinterpret_cast<std::uintptr_t>(buffer) % 16 != 0) {
+    throw Error(ErrorCode::kInvalidArgument,
+                fmt::format("buffer is {}, expected a pointer aligned to 16 bytes",
+                            static_cast<const void*>(buffer)));
+  }
+  if (!impl_->cuda()) {
+    build_plan_cpu(shape, inputs, buffer);
+    return;
+  }
+  impl_->check_process();
+  impl_->build_plan(shape, inputs, buffer, stream);
+}
+
+PlanReport Engine::validate(const Plan& plan, const std::int32_t* buffer, Stream stream) const {
+  const PlanShape shape = to_plan_shape(plan);
+  if (buffer == nullptr)
+    throw Error(ErrorCode::kInvalidArgument, "buffer is null, expected a built plan");
+  if (!impl_->cuda()) return report_faults(shape, buffer);
+  impl_->check_process();
+  const ContextScope scope(impl_->context);
+  std::vector<int> head(static_cast<std::size_t>(plan_report_ints(shape)));
+  const DriverTable& d = driver();
+  check(d.cuMemcpyDtoHAsync(head.data(), reinterpret_cast<CUdeviceptr>(buffer),
+                            head.size() * sizeof(int), to_stream(stream)),
+        "reading the plan's report");
+  check(d.cuStreamSynchronize(to_stream(stream)), "waiting for the plan");
+  return report_faults(shape, head.data());
+}
+
+std::size_t Engine::forward_workspace_bytes(const Plan& plan, const Shape& shape) const {
+  to_plan_shape(plan);
+  check_shape(shape, impl_->cuda());
+  return 0;  // neither the sm80 family nor the CPU executor keeps anything between blocks
+}
+
+void Engine::forward(const ForwardArgs& args, Stream stream) {
+  const PlanShape plan = check_forward(args, impl_->cuda());
+  if (!impl_->cuda()) {
+    cpu_forward(args, impl_->threads);
+    return;
+  }
+  impl_->check_process();
+  impl_->forward(args, plan, stream);
+}
+
+std::vector<PreparedKernel> Engine::prepare(std::span<const Shape> shapes) {
+  std::vector<PreparedKernel> prepared;
+  for (const Shape& shape : shapes) check_shape(shape, impl_->cuda());
+  if (!impl_->cuda()) return prepared;
+  impl_->check_process();
+  const ContextScope scope(impl_->context);
+  const auto add = [&](const KernelSpec& spec) {
+    prepared.push_back(impl_->kernels->prepare(spec));
+  };
+  add(impl_->plan_spec());
+  for (const Shape& shape : shapes) add(impl_->forward_spec(shape));
+  return prepared;
+}
+
+Stats Engine::stats() const {
+  if (!impl_->cuda()) return {};
+  Stats stats = impl_->kernels->stats();
+  stats.launches = impl_->launches.load(std::memory_order_relaxed);
+  return stats;
+}
+
+}  // namespace treeattn

@@ -1,0 +1,470 @@
+// Backward, sm80 family: mma.sync, ldmatrix, cp.async. The main kernel: dk, dv and dq's contributions.
+//
+// Work      one block = one key tile of the plan (block_n keys) x one kv head x a share of its query
+//           heads. K and V stay in shared memory, dK and dV in registers; the block walks the query
+//           rows that its keys' intervals span, [min_first, max_last], for each query head in turn.
+//           Blocks are ordered heavy tiles first inside groups of kv heads.
+// Steps     S = Q K^T; P = exp2(S - lse) with the interval test in partial steps only; dP = dO V^T;
+//           dS = P (dP - delta); P and dS go through shared memory (they change from accumulators to A
+//           operands); dV += P^T dO; dK += dS^T Q; dQ = dS K is added to a float32 accumulator in
+//           global memory, which another kernel scales and converts.
+// Pipeline  stages = 2: Q, dO, lse and delta of step i+1 are in flight during step i;
+//             wait(i) barrier load(i+1) S P dP -> P, dS | barrier | dV dK dQ
+//           stages = 1: loads follow the last use, after one more barrier.
+// Warps     2 x warps/2 over S and dP (rows x keys) and over dQ (rows x dims); warps/2 x 2 over dK and
+//           dV (keys x dims).
+// Registers dK and dV: block_n * (padded_dim + padded_dim_v) / (32 * warps) a thread, then S and dP:
+//           2 * block_m * block_n / (32 * warps).
+// Shared    K (reused for dK) | V (reused for dV) | stages x Q | stages x dO | P | dS | stages x {lse,
+//           delta} | {first, len}; BackwardConfig has the offsets.
+#pragma once
+
+#include "../device/softmax.cuh"
+#include "../device/tile_copy.cuh"
+
+namespace treeattn {
+namespace backward {
+
+inline constexpr int kM = kConfig.block_m;
+inline constexpr int kN = kConfig.block_n;
+inline constexpr int kThreads = kConfig.threads();
+inline constexpr int kStages = kConfig.stages;
+inline constexpr int kSide = kConfig.warps / 2;  ///< warps along the longer side of the grid of warps
+inline constexpr int kDim = kConfig.padded_dim();
+inline constexpr int kDimV = kConfig.padded_dim_v();
+
+// MMA tiles of a warp: rows of 16, columns in pairs of 8.
+inline constexpr int kScoreRows = kM / 2 / 16;
+inline constexpr int kScorePairs = kN / kSide / 16;
+inline constexpr int kKeyRows = kN / kSide / 16;
+inline constexpr int kDimPairs = (kDim / 16 + 1) / 2;
+inline constexpr int kDimVPairs = (kDimV / 16 + 1) / 2;
+inline constexpr int kDqRows = kM / 2 / 16;
+inline constexpr int kDqPairs = (kDim / 16 + kSide - 1) / kSide;
+
+static_assert(kM % 32 == 0 && kN % (16 * kSide) == 0, "every warp owns whole 16x16 MMA tiles");
+static_assert(kStages == 1 || kStages == 2, "one or two Q/dO stages");
+
+using QkRows = SwizzledRows<kDim / 8>;
+using VRows = SwizzledRows<kDimV / 8>;
+using PRows = SwizzledRows<kN / 8>;
+
+/// Lane patterns of ldmatrix. `A`: row lane % 16, chunk half lane / 16 (A operands as stored, B
+/// operands transposed). `B`: row 0-7 twice then 8-15 twice, halves alternating (B operands as stored,
+/// A operands transposed).
+__device__ __forceinline__ u32 row_a(u32 lane) { return lane % 16; }
+__device__ __forceinline__ u32 half_a(u32 lane) { return lane / 16; }
+__device__ __forceinline__ u32 row_b(u32 lane) { return lane / 16 * 8 + lane % 8; }
+__device__ __forceinline__ u32 half_b(u32 lane) { return lane / 8 % 2; }
+
+template <int kTiles, int kPairs>
+__device__ __forceinline__ void clear(float (&c)[kTiles][kPairs * 2][4]) {
+#pragma unroll
+  for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+    for (int n = 0; n < kPairs * 2; ++n) c[m][n][0] = c[m][n][1] = c[m][n][2] = c[m][n][3] = 0.0f;
+  }
+}
+
+/// c += A B for one 16-deep step: A's tiles lie kRowStep bytes apart, B's pairs are given by `load_b`.
+template <int kTiles, int kPairs, class LoadA, class LoadB>
+__device__ __forceinline__ void multiply_step(float (&c)[kTiles][kPairs * 2][4], int pairs, LoadA load_a,
+                                              LoadB load_b) {
+  u32 a[kTiles][4];
+#pragma unroll
+  for (int m = 0; m < kTiles; ++m) load_a(a[m], m);
+#pragma unroll
+  for (int n = 0; n < kPairs; ++n) {
+    if (n < pairs) {
+      u32 b[4];
+      load_b(b, n);
+      const u32 b0[2] = {b[0], b[1]};
+      const u32 b1[2] = {b[2], b[3]};
+#pragma unroll
+      for (int m = 0; m < kTiles; ++m) {
+        mma_m16n8k16(c[m][n * 2], a[m], b0);
+        mma_m16n8k16(c[m][n * 2 + 1], a[m], b1);
+      }
+    }
+  }
+}
+
+/// Where a warp stands in the three grids of warps.
+struct Place {
+  u32 smem, lane, warp;
+
+  __device__ __forceinline__ explicit Place(u32 base)
+      : smem(base), lane(threadIdx.x % 32), warp(threadIdx.x / 32) {}
+  __device__ __forceinline__ u32 score_row() const { return warp % 2 * (kM / 2); }
+  __device__ __forceinline__ u32 score_key() const { return warp / 2 * (kN / kSide); }
+  __device__ __forceinline__ u32 grad_key() const { return warp / 2 * (kN / kSide); }
+  __device__ __forceinline__ u32 grad_half() const { return warp % 2; }
+  __device__ __forceinline__ u32 dq_row() const { return warp % 2 * (kM / 2); }
+  __device__ __forceinline__ u32 dq_part() const { return warp / 2; }
+};
+
+/// c = X Y^T for this warp's rows and keys; X has row tiles of the step, Y the block's keys.
+template <class Rows, int kSteps>
+__device__ __forceinline__ void scores(float (&c)[kScoreRows][kScorePairs * 2][4], const Place& at, u32 x,
+                                       u32 y) {
+  clear<kScoreRows, kScorePairs>(c);
+  const u32 a_lane = Rows::lane_address(x, at.score_row() + row_a(at.lane), half_a(at.lane));
+  const u32 b_lane = Rows::lane_address(y, at.score_key() + row_b(at.lane), half_b(at.lane));
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    multiply_step<kScoreRows, kScorePairs>(
+        c, kScorePairs,
+        [&](u32(&a)[4], int m) { ldmatrix_x4(a, Rows::at(a_lane, step * 2) + m * 16 * Rows::kRowBytes); },
+        [&](u32(&b)[4], int n) {
+          ldmatrix_x4(b, Rows::at(b_lane, step * 2) + n * 16 * Rows::kRowBytes);
+        });
+  }
+}
+
+/// c += P^T X for this warp's keys and half of the dims: P [rows][keys] and X [rows][dims] in shared
+/// memory, both read transposed.
+template <class Rows, int kPairs>
+__device__ __forceinline__ void gradient(float (&c)[kKeyRows][kPairs * 2][4], const Place& at, u32 p, u32 x,
+                                         int pairs) {
+  const u32 key_chunk = at.grad_key() / 8;
+  const u32 dim_chunk = at.grad_half() * kPairs * 2;
+#pragma unroll
+  for (int step = 0; step < kM / 16; ++step) {
+    multiply_step<kKeyRows, kPairs>(
+        c, pairs,
+        [&](u32(&a)[4], int m) {
+          ldmatrix_x4_trans(a, p + PRows::offset(step * 16 + row_b(at.lane),
+                                                 key_chunk + m * 2 + half_b(at.lane)));
+        },
+        [&](u32(&b)[4], int n) {
+          ldmatrix_x4_trans(
+              b, x + Rows::offset(step * 16 + row_a(at.lane), dim_chunk + n * 2 + half_a(at.lane)));
+        });
+  }
+}
+
+/// The warp's part of dQ = dS K, added to the accumulator; `rows` of the step exist.
+__device__ __forceinline__ void add_dq(const Place& at, float* dq, i64 row_stride, int rows) {
+  float c[kDqRows][kDqPairs * 2][4];
+  clear<kDqRows, kDqPairs>(c);
+  const int pair0 = static_cast<int>(at.dq_part()) * kDqPairs;
+  const int pairs = min(kDqPairs, kDim / 16 - pair0);
+  const u32 ds_lane = PRows::lane_address(at.smem + kConfig.ds_offset(), at.dq_row() + row_a(at.lane),
+                                          half_a(at.lane));
+#pragma unroll
+  for (int step = 0; step < kN / 16; ++step) {
+    multiply_step<kDqRows, kDqPairs>(
+        c, pairs,
+        [&](u32(&a)[4], int m) {
+          ldmatrix_x4(a, PRows::at(ds_lane, step * 2) + m * 16 * PRows::kRowBytes);
+        },
+        [&](u32(&b)[4], int n) {
+          ldmatrix_x4_trans(b, at.smem + QkRows::offset(step * 16 + row_a(at.lane),
+                                                        (pair0 + n) * 2 + half_a(at.lane)));
+        });
+  }
+#pragma unroll
+  for (int m = 0; m < kDqRows; ++m) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = static_cast<int>(at.dq_row() + at.lane / 4) + m * 16 + r * 8;
+      if (row >= rows) continue;
+      float* to = dq + row * row_stride + pair0 * 16 + at.lane % 4 * 2;
+#pragma unroll
+      for (int n = 0; n < kDqPairs * 2; ++n) {
+        const bool exists = n / 2 < pairs && (pair0 * 2 + n) * 8 < kConfig.head_dim;
+        if (exists) red_add_f32x2(to + n * 8, c[m][n][r * 2], c[m][n][r * 2 + 1]);
+      }
+    }
+  }
+}
+
+/// Turns scores into P in place and writes it; the interval test runs in partial steps only.
+__device__ __forceinline__ void probabilities(float (&s)[kScoreRows][kScorePairs * 2][4],
+                                              float (&cap)[kScoreRows][kScorePairs * 2][4], const Place& at,
+                                              const BackwardParams& p, u32 stats, int row0, bool full) {
+  const int row = row0 + static_cast<int>(at.score_row() + at.lane / 4);
+  const u32 mask = at.smem + kConfig.mask_offset() + (at.score_key() + at.lane % 4 * 2) * 4;
+#pragma unroll
+  for (int m = 0; m < kScoreRows; ++m) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float lse =
+          __int_as_float(ld_shared_u32(stats + (at.score_row() + at.lane / 4 + m * 16 + r * 8) * 4));
+#pragma unroll
+      for (int n = 0; n < kScorePairs * 2; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& x = s[m][n][r * 2 + e];
+          if constexpr (kConfig.softcap) {
+            const float t = tanh_exp2(x * p.softcap_in);
+            cap[m][n][r * 2 + e] = 1.0f - t * t;
+            x = t;
+          }
+          x = exp2_approx(fmaf(x, p.scale_log2, -lse));
+        }
+      }
+    }
+  }
+  if (!full) {
+#pragma unroll
+    for (int n = 0; n < kScorePairs * 2; ++n) {
+      const Int2 first = ld_shared_int2(mask + n * 8 * 4);
+      const Int2 len = ld_shared_int2(mask + (kN + n * 8) * 4);
+#pragma unroll
+      for (int m = 0; m < kScoreRows; ++m) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const int i = row + m * 16 + r * 8;
+          if (static_cast<u32>(i - first.x) >= static_cast<u32>(len.x)) s[m][n][r * 2] = 0.0f;
+          if (static_cast<u32>(i - first.y) >= static_cast<u32>(len.y)) s[m][n][r * 2 + 1] = 0.0f;
+        }
+      }
+    }
+  }
+}
+
+/// Writes accumulators of [rows][keys] as 16-bit pairs.
+__device__ __forceinline__ void store_scores(const float (&s)[kScoreRows][kScorePairs * 2][4],
+                                             const Place& at, u32 to) {
+#pragma unroll
+  for (int m = 0; m < kScoreRows; ++m) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const u32 row = at.score_row() + at.lane / 4 + m * 16 + r * 8;
+#pragma unroll
+      for (int n = 0; n < kScorePairs * 2; ++n) {
+        st_shared_u32(to + PRows::offset(row, at.score_key() / 8 + n) + at.lane % 4 * 4,
+                      pack2(s[m][n][r * 2], s[m][n][r * 2 + 1]));
+      }
+    }
+  }
+}
+
+/// What a block works on.
+struct Work {
+  KeyTile bounds;
+  int key0, keys;
+  int kv_head;
+  int head0, head_end;  ///< query heads of this block
+  bool invalid;
+};
+
+__device__ __forceinline__ bool assign(const BackwardParams& p, Work& work) {
+  const int per_group = p.max_key_tiles * p.kv_heads_in_group * p.head_shares;
+  const int group = blockIdx.x / per_group;
+  const int rest = blockIdx.x - group * per_group;
+  const int kv_heads = min(p.kv_heads_in_group, p.heads_kv - group * p.kv_heads_in_group);
+  const int units = kv_heads * p.head_shares;
+  const int index = rest / units;
+  const int unit = rest - index * units;
+  if (index >= p.plan[p.key_tile_count]) return false;
+  const Int4 order = ld_plan_int4(p.plan + p.key_order + 4LL * index);
+  const Int4 b = ld_plan_int4(p.plan + p.key_tiles + static_cast<i64>(order.x) * kKeyTileInts);
+  work.bounds = KeyTile{b.x, b.y, b.z, b.w};
+  work.key0 = order.y;
+  work.keys = order.z;
+  work.kv_head = group * p.kv_heads_in_group + unit / p.head_shares;
+  const int share = unit % p.head_shares;
+  work.head0 = work.kv_head * p.heads_per_kv + share * p.heads_per_kv / p.head_shares;
+  work.head_end = work.kv_head * p.heads_per_kv + (share + 1) * p.heads_per_kv / p.head_shares;
+  work.invalid = order.w < p.batch && p.plan[p.seq_fault + order.w] != 0;
+  return true;
+}
+
+__device__ __forceinline__ void load_step(const BackwardParams& p, u32 smem, int head, int row0, int rows,
+                                          int stage) {
+  load_rows<kThreads, kM, kConfig.head_dim / 8, kDim / 8>(
+      smem + kConfig.q_offset() + stage * kConfig.q_stage_bytes(),
+      static_cast<const u16*>(p.q) + head * p.q_head_stride + row0 * p.q_token_stride, p.q_token_stride,
+      rows);
+  load_rows<kThreads, kM, kConfig.head_dim_v / 8, kDimV / 8>(
+      smem + kConfig.do_offset() + stage * kConfig.do_stage_bytes(),
+      static_cast<const u16*>(p.dout) + head * p.dout_head_stride + row0 * p.dout_token_stride,
+      p.dout_token_stride, rows);
+  const u32 stats = smem + kConfig.stats_offset() + stage * kConfig.stats_stage_bytes();
+  const i64 row = static_cast<i64>(head) * p.total_q + row0;
+  for (int i = threadIdx.x; i < 2 * kM; i += kThreads) {  // rows that are not there: Q = dO = 0, P = 1, dS = 0
+    const float* array = i < kM ? p.lse_log2 : p.delta;
+    cp_async_4(stats + i * 4, array + row + i % kM, i % kM < rows);
+  }
+}
+
+/// Writes a gradient tile [keys][dims] from accumulators through shared memory at `smem`.
+template <class Rows, int kPairs, int kDims, int kPadded>
+__device__ __forceinline__ void store_gradient(const float (&c)[kKeyRows][kPairs * 2][4], const Place& at,
+                                               u32 smem, float scale, u16* out, i64 row_stride, int keys) {
+  const int pairs = min(kPairs, kPadded / 16 - static_cast<int>(at.grad_half()) * kPairs);
+#pragma unroll
+  for (int m = 0; m < kKeyRows; ++m) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const u32 row = at.grad_key() + m * 16 + r * 8 + at.lane / 4;
+#pragma unroll
+      for (int n = 0; n < kPairs * 2; ++n) {
+        if (n / 2 < pairs) {
+          st_shared_u32(smem + Rows::offset(row, at.grad_half() * kPairs * 2 + n) + at.lane % 4 * 4,
+                        pack2(c[m][n][r * 2] * scale, c[m][n][r * 2 + 1] * scale));
+        }
+      }
+    }
+  }
+  __syncthreads();
+  constexpr int kChunks = kDims / 8;
+  for (int i = threadIdx.x; i < keys * kChunks; i += kThreads) {
+    st_global_int4(out + (i / kChunks) * row_stride + i % kChunks * 8,
+                   ld_shared_int4(smem + Rows::offset(i / kChunks, i % kChunks)));
+  }
+}
+
+/// Adds a gradient tile to a float32 accumulator [tokens, heads_kv, dims] that several blocks share.
+template <int kPairs, int kDims>
+__device__ __forceinline__ void add_gradient(const float (&c)[kKeyRows][kPairs * 2][4], const Place& at,
+                                             float* out, i64 row_stride, int keys) {
+#pragma unroll
+  for (int m = 0; m < kKeyRows; ++m) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = static_cast<int>(at.grad_key() + at.lane / 4) + m * 16 + r * 8;
+      if (row >= keys) continue;
+#pragma unroll
+      for (int n = 0; n < kPairs * 2; ++n) {
+        const int dim = (static_cast<int>(at.grad_half()) * kPairs * 2 + n) * 8;
+        if (dim < kDims) {
+          red_add_f32x2(out + row * row_stride + dim + at.lane % 4 * 2, c[m][n][r * 2], c[m][n][r * 2 + 1]);
+        }
+      }
+    }
+  }
+}
+
+/// The walk over query heads and their row tiles.
+struct Walk {
+  int head, row0;
+
+  __device__ __forceinline__ bool next(const Work& work) {
+    row0 += kM;
+    if (row0 <= work.bounds.max_last) return true;
+    row0 = work.bounds.min_first;
+    return ++head < work.head_end;
+  }
+};
+
+__device__ __forceinline__ void run(const BackwardParams& p) {
+  extern __shared__ __align__(128) unsigned char shared_memory[];
+  Work work;
+  if (!assign(p, work)) return;
+  const Place at(smem_address(shared_memory));
+  float dk[kKeyRows][kDimPairs * 2][4];
+  float dv[kKeyRows][kDimVPairs * 2][4];
+  clear<kKeyRows, kDimPairs>(dk);
+  clear<kKeyRows, kDimVPairs>(dv);
+  if (work.invalid) {
+#pragma unroll
+    for (int m = 0; m < kKeyRows; ++m) {
+#pragma unroll
+      for (int n = 0; n < kDimPairs * 2; ++n) dk[m][n][0] = dk[m][n][1] = dk[m][n][2] = dk[m][n][3] = quiet_nan();
+#pragma unroll
+      for (int n = 0; n < kDimVPairs * 2; ++n) dv[m][n][0] = dv[m][n][1] = dv[m][n][2] = dv[m][n][3] = quiet_nan();
+    }
+  } else if (work.bounds.max_last >= 0) {
+    load_rows<kThreads, kN, kConfig.head_dim / 8, kDim / 8>(
+        at.smem,
+        static_cast<const u16*>(p.k) + work.kv_head * p.k_head_stride + work.key0 * p.k_token_stride,
+        p.k_token_stride, work.keys);
+    load_rows<kThreads, kN, kConfig.head_dim_v / 8, kDimV / 8>(
+        at.smem + kConfig.v_offset(),
+        static_cast<const u16*>(p.v) + work.kv_head * p.v_head_stride + work.key0 * p.v_token_stride,
+        p.v_token_stride, work.keys);
+    for (int i = threadIdx.x; i < 2 * kN; i += kThreads) {
+      const i64 array = i < kN ? p.first : p.len;
+      cp_async_4(at.smem + kConfig.mask_offset() + i * 4, p.plan + array + work.key0 + i % kN,
+                 i % kN < work.keys);
+    }
+    Walk walk{work.head0, work.bounds.min_first};
+    load_step(p, at.smem, walk.head, walk.row0, min(kM, work.bounds.max_last + 1 - walk.row0), 0);
+    cp_async_commit_group();
+    int stage = 0;
+    bool more = true;
+    while (more) {
+      const Walk now = walk;
+      more = walk.next(work);
+      cp_async_wait_group<0>();
+      __syncthreads();
+      if (kStages == 2 && more) {
+        load_step(p, at.smem, walk.head, walk.row0, min(kM, work.bounds.max_last + 1 - walk.row0), stage ^ 1);
+      }
+      cp_async_commit_group();
+      const int rows = min(kM, work.bounds.max_last + 1 - now.row0);
+      const u32 q = at.smem + kConfig.q_offset() + stage * kConfig.q_stage_bytes();
+      const u32 dout = at.smem + kConfig.do_offset() + stage * kConfig.do_stage_bytes();
+      const u32 stats = at.smem + kConfig.stats_offset() + stage * kConfig.stats_stage_bytes();
+      {
+        float s[kScoreRows][kScorePairs * 2][4];
+        float cap[kScoreRows][kScorePairs * 2][4];
+        float dp[kScoreRows][kScorePairs * 2][4];
+        scores<QkRows, kDim / 16>(s, at, q, at.smem);
+        probabilities(s, cap, at, p, stats, now.row0,
+                      tile_full(work.bounds, now.row0, now.row0 + rows - 1));
+        store_scores(s, at, at.smem + kConfig.p_offset());
+        scores<VRows, kDimV / 16>(dp, at, dout, at.smem + kConfig.v_offset());
+#pragma unroll
+        for (int m = 0; m < kScoreRows; ++m) {
+#pragma unroll
+          for (int r = 0; r < 2; ++r) {
+            const float delta = __int_as_float(
+                ld_shared_u32(stats + (kM + at.score_row() + at.lane / 4 + m * 16 + r * 8) * 4));
+#pragma unroll
+            for (int n = 0; n < kScorePairs * 2; ++n) {
+#pragma unroll
+              for (int e = 0; e < 2; ++e) {
+                float ds = s[m][n][r * 2 + e] * (dp[m][n][r * 2 + e] - delta);
+                if constexpr (kConfig.softcap) ds *= cap[m][n][r * 2 + e];
+                dp[m][n][r * 2 + e] = ds;
+              }
+            }
+          }
+        }
+        store_scores(dp, at, at.smem + kConfig.ds_offset());
+      }
+      __syncthreads();
+      gradient<VRows, kDimVPairs>(dv, at, at.smem + kConfig.p_offset(), dout,
+                                  min(kDimVPairs, kDimV / 16 - static_cast<int>(at.grad_half()) * kDimVPairs));
+      gradient<QkRows, kDimPairs>(dk, at, at.smem + kConfig.ds_offset(), q,
+                                  min(kDimPairs, kDim / 16 - static_cast<int>(at.grad_half()) * kDimPairs));
+      if (kStages == 1 && more) {
+        __syncthreads();
+        load_step(p, at.smem, walk.head, walk.row0, min(kM, work.bounds.max_last + 1 - walk.row0), 0);
+        cp_async_commit_group();
+      }
+      add_dq(at, p.dq_accumulator + (static_cast<i64>(now.head) * p.total_q + now.row0) * kConfig.head_dim,
+             kConfig.head_dim, rows);
+      if (kStages == 2) stage ^= 1;
+    }
+    __syncthreads();
+  }
+  if (p.head_shares > 1) {
+    add_gradient<kDimPairs, kConfig.head_dim>(
+        dk, at, p.dk_accumulator + (static_cast<i64>(work.key0) * p.heads_kv + work.kv_head) * kConfig.head_dim,
+        static_cast<i64>(p.heads_kv) * kConfig.head_dim, work.keys);
+    add_gradient<kDimVPairs, kConfig.head_dim_v>(
+        dv, at,
+        p.dv_accumulator + (static_cast<i64>(work.key0) * p.heads_kv + work.kv_head) * kConfig.head_dim_v,
+        static_cast<i64>(p.heads_kv) * kConfig.head_dim_v, work.keys);
+    return;
+  }
+  store_gradient<QkRows, kDimPairs, kConfig.head_dim, kDim>(
+      dk, at, at.smem, p.softmax_scale,
+      static_cast<u16*>(p.dk) + work.kv_head * p.dk_head_stride + work.key0 * p.dk_token_stride,
+      p.dk_token_stride, work.keys);
+  store_gradient<VRows, kDimVPairs, kConfig.head_dim_v, kDimV>(
+      dv, at, at.smem + kConfig.v_offset(), 1.0f,
+      static_cast<u16*>(p.dv) + work.kv_head * p.dv_head_stride + work.key0 * p.dv_token_stride,
+      p.dv_token_stride, work.keys);
+}
+
+}  // namespace backward
+
+__device__ __forceinline__ void backward_sm80(const BackwardParams& p) { backward::run(p); }
+
+}  // namespace treeattn
