@@ -27,7 +27,9 @@ constexpr std::array kTargets{
 
 }  // namespace
 
-std::span<const ArchLimits> known_targets() { return kTargets; }
+std::span<const ArchLimits> known_targets() {
+  return kTargets;
+}
 
 ArchLimits arch_limits(Target target) {
   ArchLimits limits = kTargets.front();
@@ -40,9 +42,10 @@ ArchLimits arch_limits(Target target) {
 
 Target target_for_device(int major, int minor) {
   if (major < 8) {
-    throw Error(ErrorCode::kUnsupported,
-                fmt::format("this GPU has compute capability {}.{}, expected 8.0 or newer", major, minor),
-                "use the CPU executor (EngineKind::kCpu) on this machine");
+    throw Error(
+        ErrorCode::kUnsupported,
+        fmt::format("this GPU has compute capability {}.{}, expected 8.0 or newer", major, minor),
+        "use the CPU executor (EngineKind::kCpu) on this machine");
   }
   return Target{static_cast<std::uint16_t>(major * 10 + minor), false};
 }

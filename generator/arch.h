@@ -20,7 +20,8 @@ struct ArchLimits {
 std::span<const ArchLimits> known_targets();
 /// Limits of a target; of the nearest older known one where it is newer than the table.
 ArchLimits arch_limits(Target target);
-/// The target to compile for on a device of this compute capability. Throws Error(kUnsupported) below 8.0.
+/// The target to compile for on a device of this compute capability. Throws Error(kUnsupported)
+/// below 8.0.
 Target target_for_device(int major, int minor);
 
 }  // namespace treeattn

@@ -50,8 +50,8 @@ bool take_char(std::string_view& text, char wanted) {
 
 /// letter-number pairs such as m128n64s2w4, all of `text`.
 template <std::size_t kCount>
-std::optional<std::array<int, kCount>> take_fields(std::string_view text, const char (&letters)[kCount + 1],
-                                                   int most) {
+std::optional<std::array<int, kCount>> take_fields(std::string_view text,
+                                                   const char (&letters)[kCount + 1], int most) {
   std::array<int, kCount> values{};
   for (std::size_t i = 0; i < kCount; ++i) {
     if (!take_char(text, letters[i])) return std::nullopt;
@@ -66,8 +66,9 @@ std::optional<std::array<int, kCount>> take_fields(std::string_view text, const 
 std::optional<TileConfig> parse_tile(std::string_view text) {
   const auto fields = take_fields<4>(text, "mnsw", 1024);
   if (!fields || (*fields)[2] > 255 || (*fields)[3] > 255) return std::nullopt;
-  return TileConfig{static_cast<std::uint16_t>((*fields)[0]), static_cast<std::uint16_t>((*fields)[1]),
-                    static_cast<std::uint8_t>((*fields)[2]), static_cast<std::uint8_t>((*fields)[3])};
+  return TileConfig{
+      static_cast<std::uint16_t>((*fields)[0]), static_cast<std::uint16_t>((*fields)[1]),
+      static_cast<std::uint8_t>((*fields)[2]), static_cast<std::uint8_t>((*fields)[3])};
 }
 
 std::vector<std::string_view> split(std::string_view text, char by) {
@@ -107,7 +108,9 @@ std::size_t KernelSpecHash::operator()(const KernelSpec& spec) const noexcept {
   return h;
 }
 
-std::string_view to_string(KernelDType dtype) { return kDTypes.at(static_cast<std::size_t>(dtype)).second; }
+std::string_view to_string(KernelDType dtype) {
+  return kDTypes.at(static_cast<std::size_t>(dtype)).second;
+}
 
 std::string to_string(const Target& target) {
   return fmt::format("sm_{}{}", target.cc, target.arch_specific ? "a" : "");

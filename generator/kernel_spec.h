@@ -1,5 +1,5 @@
-// What is asked (Problem) and how it is tiled (TileConfig): together a KernelSpec, whose canonical text
-// names a kernel everywhere (command line, cache, logs, profilers).
+// What is asked (Problem) and how it is tiled (TileConfig): together a KernelSpec, whose canonical
+// text names a kernel everywhere (command line, cache, logs, profilers).
 #pragma once
 
 #include <compare>
@@ -19,7 +19,7 @@ enum class Family : std::uint8_t { kSm80 };
 
 /// A compilation target such as sm_90 or sm_90a.
 struct Target {
-  std::uint16_t cc = 80;  ///< compute capability times ten: 80, 86, 90, 100, 120
+  std::uint16_t cc = 80;       ///< compute capability times ten: 80, 86, 90, 100, 120
   bool arch_specific = false;  ///< the suffix 'a'
 
   friend auto operator<=>(const Target&, const Target&) = default;
@@ -59,8 +59,8 @@ struct KernelSpecHash {
   std::size_t operator()(const KernelSpec& spec) const noexcept;
 };
 
-/// Canonical text: `fwd/sm80@sm_90/bf16/d128v128/m128n64s2w4`, with `/softcap` before the tile where
-/// softcap is on; `plan/sm80@sm_90` for the plan kernels. parse(to_string(s)) == s.
+/// Canonical text: `fwd/sm80@sm_90/bf16/d128v128/m128n64s2w4`, with `/softcap` before the tile
+/// where softcap is on; `plan/sm80@sm_90` for the plan kernels. parse(to_string(s)) == s.
 std::string to_string(const KernelSpec& spec);
 std::string to_string(const Problem& problem);  ///< the same without the tile
 std::string to_string(const TileConfig& tile);  ///< m128n64s2w4

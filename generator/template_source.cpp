@@ -53,11 +53,13 @@ std::optional<std::string_view> directive(std::string_view line, std::string_vie
 }  // namespace
 
 std::string Flattener::load(std::string_view name, std::string_view includer) const {
-  const std::string from = includer.empty() ? std::string{} : fmt::format(", included by {}", includer);
+  const std::string from =
+      includer.empty() ? std::string{} : fmt::format(", included by {}", includer);
   if (!template_dir_.empty()) {
     std::ifstream file(template_dir_ + "/" + std::string(name), std::ios::binary);
     if (!file) {
-      throw Error(ErrorCode::kNotFound, fmt::format("no template {}/{}{}", template_dir_, name, from),
+      throw Error(ErrorCode::kNotFound,
+                  fmt::format("no template {}/{}{}", template_dir_, name, from),
                   "TREEATTN_TEMPLATE_DIR must name a copy of the templates folder");
     }
     return {std::istreambuf_iterator<char>(file), {}};
@@ -74,7 +76,8 @@ std::string Flattener::load(std::string_view name, std::string_view includer) co
 
 void Flattener::inline_file(const std::string& name, std::string_view includer, std::string& out) {
   if (open_.count(name) != 0) {
-    throw Error(ErrorCode::kInternal, fmt::format("templates include each other: {} and {}", includer, name));
+    throw Error(ErrorCode::kInternal,
+                fmt::format("templates include each other: {} and {}", includer, name));
   }
   if (!done_.insert(name).second) return;
   open_.insert(name);
@@ -89,8 +92,8 @@ void Flattener::inline_file(const std::string& name, std::string_view includer, 
       const std::size_t close = included->find('"', 1);
       if (included->size() < 3 || included->front() != '"' || close == std::string_view::npos) {
         throw Error(ErrorCode::kInternal,
-                    fmt::format("templates/{}:{}: include {} is not a template in quotes", name, line,
-                                *included));
+                    fmt::format("templates/{}:{}: include {} is not a template in quotes", name,
+                                line, *included));
       }
       inline_file(resolve(name, included->substr(1, close - 1)), name, out);
       out += fmt::format("#line {} \"templates/{}\"\n", line + 1, name);

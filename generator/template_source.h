@@ -16,15 +16,17 @@ struct EmbeddedTemplate {
 /// All templates, sorted by name. Defined in a source that templates/embed.cmake writes.
 std::span<const EmbeddedTemplate> embedded_templates();
 
-/// Inlines templates, each file once over the flattener's life, with #line marks that name the file.
+/// Inlines templates, each file once over the flattener's life, with #line marks that name the
+/// file.
 class Flattener {
  public:
-  /// Reads from `template_dir` where it is not empty: the one place of the generator that touches files.
+  /// Reads from `template_dir` where it is not empty: the one place of the generator that touches
+  /// files.
   explicit Flattener(std::string template_dir = {}) : template_dir_(std::move(template_dir)) {}
 
-  /// The text of a template with its quoted includes inlined; empty if it was inlined before. Throws
-  /// Error(kInternal) for a missing file, an include cycle or an include in angle brackets: kernels
-  /// depend on no header of a toolkit.
+  /// The text of a template with its quoted includes inlined; empty if it was inlined before.
+  /// Throws Error(kInternal) for a missing file, an include cycle or an include in angle brackets:
+  /// kernels depend on no header of a toolkit.
   std::string flatten(std::string_view name);
 
  private:

@@ -1,4 +1,5 @@
-// Which tiles a problem can be built with, which one is the default, and why the others are refused.
+// Which tiles a problem can be built with, which one is the default, and why the others are
+// refused.
 #pragma once
 
 #include <optional>
@@ -25,8 +26,8 @@ std::vector<TileCandidate> tile_candidates(const Problem& problem);
 TileConfig default_tile(const Problem& problem);
 /// The problem with its default tile.
 KernelSpec default_spec(const Problem& problem);
-/// All default forward specs of one target: every head dim, both dtypes, plus the supported pairs of
-/// different head_dim and head_dim_v that models use (192/128 and so on).
+/// All default forward specs of one target: every head dim, both dtypes, plus the supported pairs
+/// of different head_dim and head_dim_v that models use (192/128 and so on).
 std::vector<KernelSpec> default_forward_specs(Target target);
 
 }  // namespace treeattn

@@ -8,6 +8,7 @@
 #include <mutex>
 #include <thread>
 
+#include "generator/arch.h"
 #include "generator/tile_space.h"
 #include "runtime/attention/cpu_forward.h"
 #include "runtime/attention/forward.h"

@@ -1,0 +1,63 @@
+#include "generator/emit.h"
+
+#include <fmt/format.h>
+
+#include "generator/launch_bounds.h"
+#include "templates/shared/params.h"
+
+namespace treeattn {
+
+std::string emit_banner(const KernelSpec& spec, const std::string& launch) {
+  return fmt::format(
+      "// {}\n"
+      "// Written by treeattn's generator; `treeattn emit {}` prints it again.\n"
+      "{}"
+      "// By hand: nvcc -std=c++17 -arch={} -cubin\n\n",
+      to_string(spec), to_string(spec), launch, to_string(spec.problem.target));
+}
+
+std::string emit_forward_config(const KernelSpec& spec) {
+  const ForwardConfig c = forward_config(spec);
+  return fmt::format(
+      "namespace treeattn {{\n"
+      "inline constexpr ForwardConfig kConfig{{\n"
+      "    /*dtype=*/KernelDType::{}, /*head_dim=*/{}, /*head_dim_v=*/{},\n"
+      "    /*block_m=*/{}, /*block_n=*/{}, /*stages=*/{}, /*warps=*/{}, /*softcap=*/{}}};\n"
+      "static_assert(kConfig.smem_bytes() == {}, \"shared memory as the host sized it\");\n"
+      "static_assert(sizeof(ForwardParams) == {}, \"parameters as the host passes them\");\n"
+      "}}  // namespace treeattn\n",
+      c.dtype == KernelDType::kF16 ? "kF16" : "kBF16", c.head_dim, c.head_dim_v, c.block_m,
+      c.block_n, c.stages, c.warps, c.softcap, c.smem_bytes(), sizeof(ForwardParams));
+}
+
+std::string emit_mma(const KernelSpec& spec) {
+  return fmt::format(
+      R"(namespace treeattn {{
+/// d += a b, one 16x8x16 step (PTX ISA, mma.m16n8k16).
+__device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4],
+                                             const unsigned (&b)[2]) {{
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.{0}.{0}.f32 {{%0, %1, %2, %3}}, {{%4, %5, %6, %7}}, "
+      "{{%8, %9}}, {{%0, %1, %2, %3}};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}}
+/// The same for 8 values of k: the end of a head dim that is no multiple of 16.
+__device__ __forceinline__ void mma_m16n8k8(float (&d)[4], const unsigned (&a)[2],
+                                            const unsigned (&b)[1]) {{
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.{0}.{0}.f32 {{%0, %1, %2, %3}}, {{%4, %5}}, {{%6}}, "
+      "{{%0, %1, %2, %3}};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(b[0]));
+}}
+/// Two numbers rounded to the kernel's type, `lo` in the lower half.
+__device__ __forceinline__ unsigned pack2(float lo, float hi) {{
+  unsigned packed;
+  asm("cvt.rn.{0}x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(hi), "f"(lo));
+  return packed;
+}}
+}}  // namespace treeattn
+)",
+      to_string(spec.problem.dtype));
+}
+
+}  // namespace treeattn

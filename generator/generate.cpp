@@ -1,0 +1,102 @@
+#include "generator/generate.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <array>
+#include <string_view>
+
+#include "generator/emit.h"
+#include "generator/launch_bounds.h"
+#include "generator/template_source.h"
+#include "generator/tile_space.h"
+#include "treeattn/error.h"
+
+namespace treeattn {
+namespace {
+
+/// A C identifier made of the spec's own words: profilers show it.
+std::string entry_name(const KernelSpec& spec) {
+  std::string name = "treeattn_" + to_string(spec);
+  const std::size_t at = name.find('@');
+  name.erase(at, name.find('/', at) - at);
+  std::replace(name.begin(), name.end(), '/', '_');
+  return name;
+}
+
+std::string emit_entry(const KernelEntry& entry, int blocks, std::string_view params,
+                       std::string_view function) {
+  return fmt::format(
+      "extern \"C\" __global__ void __launch_bounds__({}, {})\n"
+      "{}(const __grid_constant__ treeattn::{} p) {{\n  treeattn::{}(p);\n}}\n",
+      entry.threads, blocks, entry.name, params, function);
+}
+
+GeneratedSource generate_forward(const KernelSpec& spec, Flattener& templates) {
+  const ForwardConfig config = forward_config(spec);
+  const KernelEntry entry{entry_name(spec), config.threads(), config.smem_bytes()};
+  const int blocks = blocks_per_sm(spec);
+  GeneratedSource source{spec, {}, {entry}};
+  source.text = emit_banner(
+      spec,
+      fmt::format("// One block per query tile and query head: {} threads, {} bytes of dynamic "
+                  "shared memory,\n// {} together on a multiprocessor.\n",
+                  entry.threads, entry.smem_bytes, blocks));
+  source.text += templates.flatten("shared/params.h");
+  source.text += "#line 1 \"emitted/config\"\n" + emit_forward_config(spec);
+  source.text += "#line 1 \"emitted/mma\"\n" + emit_mma(spec);
+  source.text += templates.flatten("kernels/forward_sm80.cuh");
+  source.text += "#line 1 \"emitted/entry\"\n";
+  source.text += emit_entry(entry, blocks, "ForwardParams", "forward_sm80");
+  return source;
+}
+
+GeneratedSource generate_plan(const KernelSpec& spec, Flattener& templates) {
+  struct PlanKernel {
+    std::string_view function;
+    int threads;
+  };
+  // In launch order, as make_plan_launch() sizes their grids.
+  static constexpr std::array<PlanKernel, 4> kKernels{{{"plan_sequences", 1024},
+                                                       {"plan_intervals", 256},
+                                                       {"plan_key_tiles", 256},
+                                                       {"plan_query_tiles", 1024}}};
+  GeneratedSource source{spec, {}, {}};
+  source.text = emit_banner(spec, "// Four kernels, launched one after the other.\n");
+  source.text += templates.flatten("shared/params.h");
+  source.text += templates.flatten("kernels/plan.cuh");
+  source.text += "#line 1 \"emitted/entries\"\n";
+  for (const PlanKernel& kernel : kKernels) {
+    const KernelEntry entry{fmt::format("treeattn_{}", kernel.function), kernel.threads, 0};
+    source.text += emit_entry(entry, 1, "PlanParams", kernel.function);
+    source.entries.push_back(entry);
+  }
+  return source;
+}
+
+}  // namespace
+
+GeneratedSource generate(const KernelSpec& spec, const std::string& template_dir) {
+  auto refused = refuse_problem(spec.problem);
+  if (!refused) refused = refuse_tile(spec.problem, spec.tile);
+  if (refused) {
+    throw Error(ErrorCode::kInvalidArgument,
+                fmt::format("kernel spec {}: {}", to_string(spec), *refused));
+  }
+  Flattener templates(template_dir);
+  return spec.problem.pass == Pass::kPlan ? generate_plan(spec, templates)
+                                          : generate_forward(spec, templates);
+}
+
+const std::string& embedded_templates_text() {
+  static const std::string text = [] {
+    std::string all;
+    for (const EmbeddedTemplate& t : embedded_templates()) {
+      all += fmt::format("{}\n{}\n", t.name, t.text);
+    }
+    return all;
+  }();
+  return text;
+}
+
+}  // namespace treeattn

@@ -1,0 +1,38 @@
+#include "generator/launch_bounds.h"
+
+#include <algorithm>
+
+#include "generator/arch.h"
+
+namespace treeattn {
+namespace {
+
+/// Registers a thread needs beside its accumulators: fragments, addresses, row maxima and sums.
+/// Found with ptxas over all default specs: fewer spill.
+constexpr int kOtherRegisters = 48;
+/// Shared memory the driver keeps for itself in every block.
+constexpr int kReservedSmemBytes = 1024;
+
+}  // namespace
+
+ForwardConfig forward_config(const KernelSpec& spec) {
+  const Problem& p = spec.problem;
+  const TileConfig& t = spec.tile;
+  return {p.dtype, p.head_dim, p.head_dim_v, t.block_m, t.block_n, t.stages, t.warps, p.softcap};
+}
+
+int accumulator_registers(const ForwardConfig& config) {
+  return config.rows_per_warp() * (config.head_dim_v + config.block_n) / 32;
+}
+
+int blocks_per_sm(const KernelSpec& spec) {
+  const ForwardConfig config = forward_config(spec);
+  const ArchLimits limits = arch_limits(spec.problem.target);
+  const int by_smem = limits.smem_per_sm / (config.smem_bytes() + kReservedSmemBytes);
+  const int by_threads = limits.max_threads_per_sm / config.threads();
+  const int registers = accumulator_registers(config) + kOtherRegisters;
+  const int by_registers = limits.registers_per_sm / (config.threads() * registers);
+  return std::max(1, std::min({by_smem, by_threads, by_registers}));
+}
+
+}  // namespace treeattn

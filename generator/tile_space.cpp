@@ -1,0 +1,142 @@
+#include "generator/tile_space.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <array>
+#include <utility>
+
+#include "generator/arch.h"
+#include "generator/launch_bounds.h"
+#include "treeattn/error.h"
+
+namespace treeattn {
+namespace {
+
+/// head_dim / head_dim_v pairs of published models: DeepSeek-V2 and V3, MiniCPM3, and both ways of
+/// halving.
+constexpr std::array<std::pair<std::uint16_t, std::uint16_t>, 4> kMixedDims{
+    {{192, 128}, {96, 64}, {128, 64}, {64, 128}}};
+
+constexpr std::array<std::uint16_t, 4> kBlockM{32, 64, 128, 256};
+constexpr std::array<std::uint16_t, 4> kBlockN{16, 32, 64, 128};
+constexpr std::array<std::uint8_t, 2> kStages{1, 2};
+constexpr std::array<std::uint8_t, 3> kWarps{2, 4, 8};
+
+std::optional<std::string> refuse_dim(const char* name, int dim) {
+  if (dim >= kHeadDimMin && dim <= kHeadDimMax && dim % kHeadDimStep == 0) return std::nullopt;
+  return fmt::format("{} is {}, expected a multiple of {} from {} to {}", name, dim, kHeadDimStep,
+                     kHeadDimMin, kHeadDimMax);
+}
+
+template <std::size_t kCount, class T>
+std::optional<std::string> refuse_value(const char* name, int value,
+                                        const std::array<T, kCount>& allowed) {
+  if (std::find(allowed.begin(), allowed.end(), value) != allowed.end()) return std::nullopt;
+  return fmt::format("{} is {}, expected one of {}", name, value, fmt::join(allowed, ", "));
+}
+
+/// Tiles in order of preference. The larger the head, the fewer keys or rows the registers leave
+/// room for.
+std::span<const TileConfig> preferences(const Problem& problem) {
+  static constexpr std::array kTo64{TileConfig{128, 128, 2, 4}, TileConfig{128, 64, 2, 4},
+                                    TileConfig{128, 32, 2, 4}};
+  static constexpr std::array kTo128{TileConfig{128, 64, 2, 4}, TileConfig{128, 32, 2, 4},
+                                     TileConfig{128, 32, 1, 4}, TileConfig{64, 32, 2, 4}};
+  static constexpr std::array kTo160{TileConfig{128, 32, 2, 4}, TileConfig{64, 32, 2, 4},
+                                     TileConfig{64, 32, 1, 4}};
+  static constexpr std::array kTo256{TileConfig{64, 64, 1, 4}, TileConfig{64, 32, 1, 4}};
+  if (std::max(problem.head_dim, problem.head_dim_v) <= 64) return kTo64;
+  if (std::max(problem.head_dim, problem.head_dim_v) <= 128) return kTo128;
+  // A wide q and k cost shared memory, a wide v registers too.
+  if (problem.head_dim_v <= 160 && problem.head_dim <= 192) return kTo160;
+  return kTo256;
+}
+
+}  // namespace
+
+std::optional<std::string> refuse_problem(const Problem& problem) {
+  if (problem.pass == Pass::kPlan) return std::nullopt;
+  if (auto reason = refuse_dim("head_dim", problem.head_dim)) return reason;
+  return refuse_dim("head_dim_v", problem.head_dim_v);
+}
+
+std::optional<std::string> refuse_tile(const Problem& problem, const TileConfig& tile) {
+  if (problem.pass == Pass::kPlan) {
+    if (tile == TileConfig{}) return std::nullopt;
+    return "plan kernels have no tile";
+  }
+  if (auto reason = refuse_value("block_m", tile.block_m, kBlockM)) return reason;
+  if (auto reason = refuse_value("block_n", tile.block_n, kBlockN)) return reason;
+  if (auto reason = refuse_value("stages", tile.stages, kStages)) return reason;
+  if (auto reason = refuse_value("warps", tile.warps, kWarps)) return reason;
+  const int rows = tile.block_m / tile.warps;
+  if (rows != 16 && rows != 32) {
+    return fmt::format("a warp would own {} rows, expected 16 or 32", rows);
+  }
+  const ForwardConfig config = forward_config({problem, tile});
+  const int accumulators = accumulator_registers(config);
+  if (accumulators > kMaxAccumulators) {
+    return fmt::format("accumulators take {} registers a thread, expected at most {}", accumulators,
+                       kMaxAccumulators);
+  }
+  const int limit = arch_limits(problem.target).smem_per_block;
+  if (config.smem_bytes() > limit) {
+    return fmt::format("needs {} bytes of shared memory, {} offers {} a block", config.smem_bytes(),
+                       to_string(problem.target), limit);
+  }
+  return std::nullopt;
+}
+
+std::vector<TileCandidate> tile_candidates(const Problem& problem) {
+  std::vector<TileCandidate> candidates;
+  if (problem.pass == Pass::kPlan) return candidates;
+  for (const std::uint16_t m : kBlockM) {
+    for (const std::uint16_t n : kBlockN) {
+      for (const std::uint8_t stages : kStages) {
+        for (const std::uint8_t warps : kWarps) {
+          const TileConfig tile{m, n, stages, warps};
+          candidates.push_back({tile, refuse_tile(problem, tile).value_or("")});
+        }
+      }
+    }
+  }
+  return candidates;
+}
+
+TileConfig default_tile(const Problem& problem) {
+  if (const auto reason = refuse_problem(problem)) {
+    throw Error(ErrorCode::kInvalidArgument, *reason);
+  }
+  if (problem.pass == Pass::kPlan) return {};
+  // With one block of four warps a scheduler has nothing to run while its only warp waits.
+  for (const int blocks : {2, 1}) {
+    for (const TileConfig& tile : preferences(problem)) {
+      if (!refuse_tile(problem, tile) && blocks_per_sm({problem, tile}) >= blocks) return tile;
+    }
+  }
+  throw Error(ErrorCode::kInternal, fmt::format("no default tile fits {}", to_string(problem)));
+}
+
+KernelSpec default_spec(const Problem& problem) {
+  return {problem, default_tile(problem)};
+}
+
+std::vector<KernelSpec> default_forward_specs(Target target) {
+  std::vector<KernelSpec> specs;
+  for (const KernelDType dtype : {KernelDType::kF16, KernelDType::kBF16}) {
+    const auto add = [&](std::uint16_t head_dim, std::uint16_t head_dim_v) {
+      Problem problem;
+      problem.target = target;
+      problem.dtype = dtype;
+      problem.head_dim = head_dim;
+      problem.head_dim_v = head_dim_v;
+      specs.push_back(default_spec(problem));
+    };
+    for (std::uint16_t dim = kHeadDimMin; dim <= kHeadDimMax; dim += kHeadDimStep) add(dim, dim);
+    for (const auto& [head_dim, head_dim_v] : kMixedDims) add(head_dim, head_dim_v);
+  }
+  return specs;
+}
+
+}  // namespace treeattn
