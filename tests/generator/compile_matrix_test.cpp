@@ -1,0 +1,106 @@
+// Every default spec through the NVRTC of this machine: it compiles, spills nothing in the targets
+// that promise it, and stays inside the registers its launch bounds allow.
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <chrono>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "generator/generate.h"
+#include "generator/launch_bounds.h"
+#include "generator/tile_space.h"
+#include "runtime/cuda/nvrtc.h"
+#include "runtime/jit/compiler.h"
+#include "treeattn/error.h"
+
+namespace treeattn {
+namespace {
+
+struct Compiled {
+  KernelSpec spec;
+  CompileResult result;
+};
+
+std::vector<Compiled> compile_all(const std::vector<KernelSpec>& specs) {
+  std::vector<Compiled> done(specs.size());
+  std::atomic<std::size_t> next{0};
+  const auto work = [&] {
+    NvrtcCompiler compiler{""};
+    for (std::size_t i = next++; i < specs.size(); i = next++) {
+      done[i] = {specs[i], compiler.compile(generate(specs[i]), compile_options(specs[i]))};
+    }
+  };
+  std::vector<std::thread> threads(std::max(1U, std::thread::hardware_concurrency()));
+  for (std::thread& thread : threads) thread = std::thread(work);
+  for (std::thread& thread : threads) thread.join();
+  return done;
+}
+
+bool has_nvrtc() {
+  return NvrtcCompiler("").info().available;
+}
+
+bool knows(Target target) {
+  const auto archs = nvrtc_supported_archs(nvrtc());
+  return std::find(archs.begin(), archs.end(), target.cc) != archs.end();
+}
+
+class CompileMatrixSlow : public ::testing::TestWithParam<int> {};
+
+TEST_P(CompileMatrixSlow, DefaultSpecsCompileWithoutSpills) {
+  if (!has_nvrtc()) GTEST_SKIP() << "no NVRTC on this machine";
+  const Target target{static_cast<std::uint16_t>(GetParam()), false};
+  if (!knows(target)) GTEST_SKIP() << "this NVRTC does not compile for " << to_string(target);
+  for (const Compiled& compiled : compile_all(default_forward_specs(target))) {
+    const std::string text = to_string(compiled.spec);
+    ASSERT_TRUE(compiled.result.artifact) << text << ": " << compiled.result.failure;
+    ASSERT_EQ(compiled.result.artifact->entries.size(), 1U);
+    const EntryFacts& facts = compiled.result.artifact->entries[0];
+    EXPECT_EQ(facts.spill_bytes, 0) << text;
+    EXPECT_GT(facts.registers, 32) << text << ": ptxas said nothing";
+    EXPECT_LE(blocks_per_sm(compiled.spec) * facts.threads * facts.registers, 65536) << text;
+    EXPECT_EQ(facts.static_smem_bytes, 0) << text;
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Targets, CompileMatrixSlow, ::testing::Values(80, 86, 87, 89, 90),
+                         [](const auto& target) { return "sm_" + std::to_string(target.param); });
+
+// Targets that run other specs' code paths or are newer than any GPU this was measured on.
+TEST(CompileSlow, OtherTargetsAndSoftcapCompile) {
+  if (!has_nvrtc()) GTEST_SKIP() << "no NVRTC on this machine";
+  std::vector<KernelSpec> specs;
+  for (const char* target : {"sm_80", "sm_86", "sm_90", "sm_100", "sm_120"}) {
+    if (!knows(parse_target(target))) continue;
+    specs.push_back(parse_kernel_spec(std::string("plan/sm80@") + target));
+    for (const char* problem : {"f16/d64v64/softcap", "bf16/d128v128/softcap", "bf16/d256v256",
+                                "bf16/d192v128/softcap", "f16/d40v40"}) {
+      specs.push_back(parse_kernel_spec(std::string("fwd/sm80@") + target + "/" + problem));
+    }
+  }
+  ASSERT_FALSE(specs.empty());
+  for (const Compiled& compiled : compile_all(specs)) {
+    EXPECT_TRUE(compiled.result.artifact)
+        << to_string(compiled.spec) << ": " << compiled.result.failure;
+  }
+}
+
+// A kernel that a user meets first: cold, on one thread, generation included.
+TEST(Compile, FirstKernelOfAHeadIsCompiledWithinItsTime) {
+  if (!has_nvrtc()) GTEST_SKIP() << "no NVRTC on this machine";
+  const KernelSpec spec = parse_kernel_spec("fwd/sm80@sm_90/bf16/d128v128");
+  const auto begin = std::chrono::steady_clock::now();
+  NvrtcCompiler compiler{""};
+  const CompileResult result = compiler.compile(generate(spec), compile_options(spec));
+  const auto took = std::chrono::steady_clock::now() - begin;
+  ASSERT_TRUE(result.artifact) << result.failure;
+  const auto ms = std::chrono::duration_cast<std::chrono::milliseconds>(took).count();
+  RecordProperty("milliseconds", static_cast<int>(ms));
+  EXPECT_LT(ms, 10'000) << "some 1,300 ms on an idle machine";
+}
+
+}  // namespace
+}  // namespace treeattn

@@ -1,0 +1,129 @@
+#include "generator/tile_space.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <set>
+#include <string>
+
+#include "generator/arch.h"
+#include "generator/launch_bounds.h"
+#include "treeattn/error.h"
+
+namespace treeattn {
+namespace {
+
+using ::testing::HasSubstr;
+
+Problem problem(int head_dim, int head_dim_v, int cc = 90) {
+  Problem p;
+  p.target = {static_cast<std::uint16_t>(cc), false};
+  p.head_dim = static_cast<std::uint16_t>(head_dim);
+  p.head_dim_v = static_cast<std::uint16_t>(head_dim_v);
+  return p;
+}
+
+std::string reason(const Problem& p, TileConfig tile) {
+  return refuse_tile(p, tile).value_or("");
+}
+
+TEST(TileSpace, EveryHeadDimHasItsOwnDefaultSpec) {
+  for (const ArchLimits& arch : known_targets()) {
+    std::set<std::pair<int, int>> dims;
+    for (const KernelSpec& spec : default_forward_specs(arch.target)) {
+      dims.insert({spec.problem.head_dim, spec.problem.head_dim_v});
+      EXPECT_EQ(spec.problem.target, arch.target);
+    }
+    for (int dim = 16; dim <= 256; dim += 8) EXPECT_TRUE(dims.count({dim, dim})) << dim;
+    EXPECT_TRUE(dims.count({192, 128}));
+  }
+}
+
+// Any pair, not only the listed ones.
+TEST(TileSpace, EveryPairOfHeadDimsHasALegalDefault) {
+  for (const int cc : {80, 86, 90}) {
+    for (int head_dim = 16; head_dim <= 256; head_dim += 8) {
+      for (int head_dim_v = 16; head_dim_v <= 256; head_dim_v += 8) {
+        const Problem p = problem(head_dim, head_dim_v, cc);
+        EXPECT_EQ(refuse_tile(p, default_tile(p)), std::nullopt) << to_string(p);
+      }
+    }
+  }
+}
+
+TEST(TileSpace, DefaultsFitTheirTarget) {
+  for (const ArchLimits& arch : known_targets()) {
+    for (const KernelSpec& spec : default_forward_specs(arch.target)) {
+      const ForwardConfig config = forward_config(spec);
+      EXPECT_LE(config.smem_bytes(), arch.smem_per_block) << to_string(spec);
+      EXPECT_LE(blocks_per_sm(spec) * (config.smem_bytes() + 1024), arch.smem_per_sm)
+          << to_string(spec);
+      EXPECT_LE(blocks_per_sm(spec) * config.threads(), arch.max_threads_per_sm);
+    }
+  }
+}
+
+TEST(TileSpace, SmallSharedMemoryGetsSmallerTilesRatherThanNone) {
+  const Problem large = problem(128, 128, 90);
+  const Problem small = problem(128, 128, 86);
+  EXPECT_LT(forward_config({small, default_tile(small)}).smem_bytes(),
+            forward_config({large, default_tile(large)}).smem_bytes());
+}
+
+TEST(TileSpace, HeadDimsAreRefusedWithTheirValue) {
+  EXPECT_EQ(refuse_problem(problem(128, 128)), std::nullopt);
+  EXPECT_THAT(refuse_problem(problem(100, 128)).value_or(""), HasSubstr("head_dim is 100"));
+  EXPECT_THAT(refuse_problem(problem(128, 8)).value_or(""), HasSubstr("head_dim_v is 8"));
+  EXPECT_THAT(refuse_problem(problem(264, 128)).value_or(""), HasSubstr("from 16 to 256"));
+  EXPECT_THROW(default_tile(problem(0, 0)), Error);
+}
+
+TEST(TileSpace, TilesAreRefusedWithTheReason) {
+  const Problem p = problem(128, 128);
+  EXPECT_EQ(reason(p, {128, 64, 2, 4}), "");
+  EXPECT_THAT(reason(p, {96, 64, 2, 4}), HasSubstr("block_m is 96, expected one of"));
+  EXPECT_THAT(reason(p, {128, 48, 2, 4}), HasSubstr("block_n is 48"));
+  EXPECT_THAT(reason(p, {128, 64, 3, 4}), HasSubstr("stages is 3"));
+  EXPECT_THAT(reason(p, {128, 64, 2, 3}), HasSubstr("warps is 3"));
+  EXPECT_THAT(reason(p, {256, 64, 2, 4}), HasSubstr("own 64 rows"));
+  EXPECT_THAT(reason(p, {128, 128, 2, 4}), HasSubstr("accumulators take 256 registers"));
+  EXPECT_THAT(reason(problem(256, 256, 86), {128, 64, 2, 8}), HasSubstr("sm_86 offers 101376"));
+  Problem plan;
+  plan.pass = Pass::kPlan;
+  EXPECT_EQ(reason(plan, {}), "");
+  EXPECT_NE(reason(plan, {128, 64, 2, 4}), "");
+}
+
+TEST(TileSpace, CandidatesAreTheLegalTilesAndReasonsForTheRest) {
+  const Problem p = problem(256, 256);
+  const auto candidates = tile_candidates(p);
+  std::set<TileConfig> seen;
+  int legal = 0;
+  for (const TileCandidate& candidate : candidates) {
+    EXPECT_TRUE(seen.insert(candidate.tile).second);
+    EXPECT_EQ(candidate.refused, reason(p, candidate.tile));
+    legal += candidate.refused.empty() ? 1 : 0;
+  }
+  EXPECT_GT(legal, 3);
+  EXPECT_LT(legal, static_cast<int>(candidates.size()));
+  EXPECT_TRUE(seen.count(default_tile(p)));
+}
+
+TEST(Arch, DevicesGetTheirTarget) {
+  EXPECT_EQ(target_for_device(8, 6), (Target{86, false}));
+  EXPECT_EQ(target_for_device(9, 0), (Target{90, false}));
+  EXPECT_THROW(target_for_device(7, 5), Error);
+}
+
+TEST(Arch, TargetsNewerThanTheTableGetTheLimitsBelowThem) {
+  EXPECT_EQ(arch_limits({88, false}).smem_per_block, arch_limits({87, false}).smem_per_block);
+  EXPECT_EQ(arch_limits({89, false}).smem_per_block, 99 * 1024);
+  EXPECT_EQ(arch_limits({90, true}).smem_per_block, 227 * 1024);
+  EXPECT_TRUE(
+      std::is_sorted(known_targets().begin(), known_targets().end(),
+                     [](const ArchLimits& a, const ArchLimits& b) { return a.target < b.target; }));
+}
+
+}  // namespace
+}  // namespace treeattn
