@@ -16,21 +16,52 @@ std::string emit_banner(const KernelSpec& spec, const std::string& launch) {
       to_string(spec), to_string(spec), launch, to_string(spec.problem.target));
 }
 
-std::string emit_forward_config(const KernelSpec& spec) {
-  const ForwardConfig c = forward_config(spec);
+namespace {
+
+template <class Config>
+std::string emit_config(const Config& c, std::string_view type, std::string_view params,
+                        std::size_t params_bytes) {
   return fmt::format(
       "namespace treeattn {{\n"
-      "inline constexpr ForwardConfig kConfig{{\n"
+      "inline constexpr {} kConfig{{\n"
       "    /*dtype=*/KernelDType::{}, /*head_dim=*/{}, /*head_dim_v=*/{},\n"
       "    /*block_m=*/{}, /*block_n=*/{}, /*stages=*/{}, /*warps=*/{}, /*softcap=*/{}}};\n"
       "static_assert(kConfig.smem_bytes() == {}, \"shared memory as the host sized it\");\n"
-      "static_assert(sizeof(ForwardParams) == {}, \"parameters as the host passes them\");\n"
+      "static_assert(sizeof({}) == {}, \"parameters as the host passes them\");\n"
       "}}  // namespace treeattn\n",
-      c.dtype == KernelDType::kF16 ? "kF16" : "kBF16", c.head_dim, c.head_dim_v, c.block_m,
-      c.block_n, c.stages, c.warps, c.softcap, c.smem_bytes(), sizeof(ForwardParams));
+      type, c.dtype == KernelDType::kF16 ? "kF16" : "kBF16", c.head_dim, c.head_dim_v, c.block_m,
+      c.block_n, c.stages, c.warps, c.softcap, c.smem_bytes(), params, params_bytes);
+}
+
+}  // namespace
+
+std::string emit_forward_config(const KernelSpec& spec) {
+  return emit_config(forward_config(spec), "ForwardConfig", "ForwardParams", sizeof(ForwardParams));
+}
+
+std::string emit_backward_config(const KernelSpec& spec) {
+  return emit_config(backward_config(spec), "BackwardConfig", "BackwardParams",
+                     sizeof(BackwardParams));
 }
 
 std::string emit_mma(const KernelSpec& spec) {
+  // bf16 is the upper half of an f32.
+  static constexpr std::string_view kUnpackBf16 = R"(/// The halves of packed numbers as f32.
+__device__ __forceinline__ float unpack_low(unsigned x) { return __uint_as_float(x << 16); }
+__device__ __forceinline__ float unpack_high(unsigned x) { return __uint_as_float(x & 0xffff0000u); })";
+  static constexpr std::string_view kUnpackF16 = R"(/// The halves of packed numbers as f32.
+__device__ __forceinline__ float unpack_low(unsigned x) {
+  float y;
+  asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l;}" : "=f"(y) : "r"(x));
+  return y;
+}
+__device__ __forceinline__ float unpack_high(unsigned x) {
+  float y;
+  asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, h;}" : "=f"(y) : "r"(x));
+  return y;
+})";
+  const std::string_view unpack =
+      spec.problem.dtype == KernelDType::kBF16 ? kUnpackBf16 : kUnpackF16;
   return fmt::format(
       R"(namespace treeattn {{
 /// d += a b, one 16x8x16 step (PTX ISA, mma.m16n8k16).
@@ -55,9 +86,10 @@ __device__ __forceinline__ unsigned pack2(float lo, float hi) {{
   asm("cvt.rn.{0}x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(hi), "f"(lo));
   return packed;
 }}
+{1}
 }}  // namespace treeattn
 )",
-      to_string(spec.problem.dtype));
+      to_string(spec.problem.dtype), unpack);
 }
 
 }  // namespace treeattn

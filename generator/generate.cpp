@@ -51,6 +51,37 @@ GeneratedSource generate_forward(const KernelSpec& spec, Flattener& templates) {
   return source;
 }
 
+/// Entries in launch order: prepare, the main kernel, dq, and dk with dv where blocks shared heads.
+GeneratedSource generate_backward(const KernelSpec& spec, Flattener& templates) {
+  const BackwardConfig config = backward_config(spec);
+  const std::string name = entry_name(spec);
+  const KernelEntry main{name, config.threads(), config.smem_bytes()};
+  const int blocks = blocks_per_sm(spec);
+  GeneratedSource source{spec, {}, {}};
+  source.text = emit_banner(
+      spec,
+      fmt::format("// Four kernels. The main one has one block per key tile, kv head and share of "
+                  "its query heads:\n// {} threads, {} bytes of dynamic shared memory, {} together "
+                  "on a multiprocessor.\n",
+                  main.threads, main.smem_bytes, blocks));
+  source.text += templates.flatten("shared/params.h");
+  source.text += "#line 1 \"emitted/config\"\n" + emit_backward_config(spec);
+  source.text += "#line 1 \"emitted/mma\"\n" + emit_mma(spec);
+  source.text += templates.flatten("kernels/backward_prepare.cuh");
+  source.text += templates.flatten("kernels/backward_sm80.cuh");
+  source.text += templates.flatten("kernels/backward_sum.cuh");
+  source.text += "#line 1 \"emitted/entries\"\n";
+  const auto add = [&source](const KernelEntry& entry, int min_blocks, std::string_view function) {
+    source.text += emit_entry(entry, min_blocks, "BackwardParams", function);
+    source.entries.push_back(entry);
+  };
+  add({name + "_prepare", kElementwiseThreads, 0}, 1, "backward::prepare");
+  add(main, blocks, "backward_sm80");
+  add({name + "_dq", kElementwiseThreads, 0}, 1, "backward::write_dq");
+  add({name + "_dkdv", kElementwiseThreads, 0}, 1, "backward::write_dk_dv");
+  return source;
+}
+
 GeneratedSource generate_plan(const KernelSpec& spec, Flattener& templates) {
   struct PlanKernel {
     std::string_view function;
@@ -84,8 +115,15 @@ GeneratedSource generate(const KernelSpec& spec, const std::string& template_dir
                 fmt::format("kernel spec {}: {}", to_string(spec), *refused));
   }
   Flattener templates(template_dir);
-  return spec.problem.pass == Pass::kPlan ? generate_plan(spec, templates)
-                                          : generate_forward(spec, templates);
+  switch (spec.problem.pass) {
+    case Pass::kPlan:
+      return generate_plan(spec, templates);
+    case Pass::kForward:
+      return generate_forward(spec, templates);
+    case Pass::kBackward:
+      return generate_backward(spec, templates);
+  }
+  throw Error(ErrorCode::kInternal, "unknown pass");
 }
 
 const std::string& embedded_templates_text() {

@@ -15,9 +15,10 @@
 namespace treeattn {
 namespace {
 
-constexpr std::array<std::pair<Pass, std::string_view>, 2> kPasses{{
+constexpr std::array<std::pair<Pass, std::string_view>, 3> kPasses{{
     {Pass::kPlan, "plan"},
     {Pass::kForward, "fwd"},
+    {Pass::kBackward, "bwd"},
 }};
 constexpr std::array<std::pair<KernelDType, std::string_view>, 2> kDTypes{{
     {KernelDType::kF16, "f16"},
@@ -162,7 +163,7 @@ KernelSpec parse_kernel_spec(std::string_view text) {
   KernelSpec spec;
   Problem& p = spec.problem;
   const auto pass = find_name(kPasses, parts[0]);
-  if (!pass) refuse(text, parts[0], "a pass: fwd or plan");
+  if (!pass) refuse(text, parts[0], "a pass: fwd, bwd or plan");
   p.pass = *pass;
   if (parts.size() < 2) refuse(text, text, "complete: the family and target are missing");
   constexpr std::string_view kFamily = "sm80@";

@@ -12,7 +12,7 @@
 
 namespace treeattn {
 
-enum class Pass : std::uint8_t { kPlan, kForward };
+enum class Pass : std::uint8_t { kPlan, kForward, kBackward };
 
 /// Kernel families: what instructions a kernel is written with, not what it is compiled for.
 enum class Family : std::uint8_t { kSm80 };

@@ -13,6 +13,16 @@ constexpr int kOtherRegisters = 48;
 /// Shared memory the driver keeps for itself in every block.
 constexpr int kReservedSmemBytes = 1024;
 
+template <class Config>
+int blocks_per_sm(const KernelSpec& spec, const Config& config) {
+  const ArchLimits limits = arch_limits(spec.problem.target);
+  const int by_smem = limits.smem_per_sm / (config.smem_bytes() + kReservedSmemBytes);
+  const int by_threads = limits.max_threads_per_sm / config.threads();
+  const int registers = accumulator_registers(config) + kOtherRegisters;
+  const int by_registers = limits.registers_per_sm / (config.threads() * registers);
+  return std::max(1, std::min({by_smem, by_threads, by_registers}));
+}
+
 }  // namespace
 
 ForwardConfig forward_config(const KernelSpec& spec) {
@@ -25,14 +35,22 @@ int accumulator_registers(const ForwardConfig& config) {
   return config.rows_per_warp() * (config.head_dim_v + config.block_n) / 32;
 }
 
+BackwardConfig backward_config(const KernelSpec& spec) {
+  const Problem& p = spec.problem;
+  const TileConfig& t = spec.tile;
+  return {p.dtype, p.head_dim, p.head_dim_v, t.block_m, t.block_n, t.stages, t.warps, p.softcap};
+}
+
+int accumulator_registers(const BackwardConfig& config) {
+  const int gradients = config.block_n * (config.padded_dim() + config.padded_dim_v());
+  const int scores = 2 * config.block_m * config.block_n;
+  const int dq = config.block_m * config.padded_dim();
+  return (gradients + std::max(scores, dq)) / config.threads();
+}
+
 int blocks_per_sm(const KernelSpec& spec) {
-  const ForwardConfig config = forward_config(spec);
-  const ArchLimits limits = arch_limits(spec.problem.target);
-  const int by_smem = limits.smem_per_sm / (config.smem_bytes() + kReservedSmemBytes);
-  const int by_threads = limits.max_threads_per_sm / config.threads();
-  const int registers = accumulator_registers(config) + kOtherRegisters;
-  const int by_registers = limits.registers_per_sm / (config.threads() * registers);
-  return std::max(1, std::min({by_smem, by_threads, by_registers}));
+  return spec.problem.pass == Pass::kBackward ? blocks_per_sm(spec, backward_config(spec))
+                                              : blocks_per_sm(spec, forward_config(spec));
 }
 
 }  // namespace treeattn

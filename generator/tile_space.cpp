@@ -36,9 +36,57 @@ std::optional<std::string> refuse_value(const char* name, int value,
   return fmt::format("{} is {}, expected one of {}", name, value, fmt::join(allowed, ", "));
 }
 
+/// What any pass refuses alike.
+template <class Config>
+std::optional<std::string> refuse_size(const Problem& problem, const Config& config) {
+  const int accumulators = accumulator_registers(config);
+  if (accumulators > kMaxAccumulators) {
+    return fmt::format("accumulators take {} registers a thread, expected at most {}", accumulators,
+                       kMaxAccumulators);
+  }
+  const int limit = arch_limits(problem.target).smem_per_block;
+  if (config.smem_bytes() > limit) {
+    return fmt::format("needs {} bytes of shared memory, {} offers {} a block", config.smem_bytes(),
+                       to_string(problem.target), limit);
+  }
+  return std::nullopt;
+}
+
+std::optional<std::string> refuse_forward(const Problem& problem, const TileConfig& tile) {
+  const int rows = tile.block_m / tile.warps;
+  if (rows != 16 && rows != 32) {
+    return fmt::format("a warp would own {} rows, expected 16 or 32", rows);
+  }
+  return refuse_size(problem, forward_config({problem, tile}));
+}
+
+std::optional<std::string> refuse_backward(const Problem& problem, const TileConfig& tile) {
+  if (tile.warps < 4) return fmt::format("warps is {}, expected 4 or 8", tile.warps);
+  if (tile.block_n % (8 * tile.warps) != 0) {
+    return fmt::format("block_n is {}, expected a multiple of {} with {} warps", tile.block_n,
+                       8 * tile.warps, tile.warps);
+  }
+  return refuse_size(problem, backward_config({problem, tile}));
+}
+
+/// Backward tiles in order of preference: K, V, Q, dO, P and dS all lie in shared memory, so a
+/// block is alone on its multiprocessor more often than not.
+std::span<const TileConfig> backward_preferences(const Problem& problem) {
+  static constexpr std::array kTo64{TileConfig{64, 128, 2, 8}, TileConfig{64, 64, 2, 4},
+                                    TileConfig{64, 64, 1, 4}};
+  static constexpr std::array kTo128{TileConfig{64, 128, 2, 8}, TileConfig{64, 64, 2, 8},
+                                     TileConfig{64, 64, 1, 8}, TileConfig{32, 64, 1, 8}};
+  static constexpr std::array kTo256{TileConfig{64, 64, 2, 8}, TileConfig{64, 64, 1, 8},
+                                     TileConfig{32, 64, 1, 8}, TileConfig{32, 32, 1, 4}};
+  const int dim = std::max(problem.head_dim, problem.head_dim_v);
+  if (dim <= 64) return kTo64;
+  if (dim <= 128) return kTo128;
+  return kTo256;
+}
+
 /// Tiles in order of preference. The larger the head, the fewer keys or rows the registers leave
 /// room for.
-std::span<const TileConfig> preferences(const Problem& problem) {
+std::span<const TileConfig> forward_preferences(const Problem& problem) {
   static constexpr std::array kTo64{TileConfig{128, 128, 2, 4}, TileConfig{128, 64, 2, 4},
                                     TileConfig{128, 32, 2, 4}};
   static constexpr std::array kTo128{TileConfig{128, 64, 2, 4}, TileConfig{128, 32, 2, 4},
@@ -70,22 +118,8 @@ std::optional<std::string> refuse_tile(const Problem& problem, const TileConfig&
   if (auto reason = refuse_value("block_n", tile.block_n, kBlockN)) return reason;
   if (auto reason = refuse_value("stages", tile.stages, kStages)) return reason;
   if (auto reason = refuse_value("warps", tile.warps, kWarps)) return reason;
-  const int rows = tile.block_m / tile.warps;
-  if (rows != 16 && rows != 32) {
-    return fmt::format("a warp would own {} rows, expected 16 or 32", rows);
-  }
-  const ForwardConfig config = forward_config({problem, tile});
-  const int accumulators = accumulator_registers(config);
-  if (accumulators > kMaxAccumulators) {
-    return fmt::format("accumulators take {} registers a thread, expected at most {}", accumulators,
-                       kMaxAccumulators);
-  }
-  const int limit = arch_limits(problem.target).smem_per_block;
-  if (config.smem_bytes() > limit) {
-    return fmt::format("needs {} bytes of shared memory, {} offers {} a block", config.smem_bytes(),
-                       to_string(problem.target), limit);
-  }
-  return std::nullopt;
+  return problem.pass == Pass::kBackward ? refuse_backward(problem, tile)
+                                         : refuse_forward(problem, tile);
 }
 
 std::vector<TileCandidate> tile_candidates(const Problem& problem) {
@@ -109,10 +143,13 @@ TileConfig default_tile(const Problem& problem) {
     throw Error(ErrorCode::kInvalidArgument, *reason);
   }
   if (problem.pass == Pass::kPlan) return {};
-  // With one block of four warps a scheduler has nothing to run while its only warp waits.
-  for (const int blocks : {2, 1}) {
-    for (const TileConfig& tile : preferences(problem)) {
-      if (!refuse_tile(problem, tile) && blocks_per_sm({problem, tile}) >= blocks) return tile;
+  const auto preferences = problem.pass == Pass::kBackward ? backward_preferences(problem)
+                                                           : forward_preferences(problem);
+  // With four warps a multiprocessor a scheduler has nothing to run while its only warp waits.
+  for (const int warps : {8, 1}) {
+    for (const TileConfig& tile : preferences) {
+      if (refuse_tile(problem, tile)) continue;
+      if (blocks_per_sm({problem, tile}) * tile.warps >= warps) return tile;
     }
   }
   throw Error(ErrorCode::kInternal, fmt::format("no default tile fits {}", to_string(problem)));
@@ -122,11 +159,12 @@ KernelSpec default_spec(const Problem& problem) {
   return {problem, default_tile(problem)};
 }
 
-std::vector<KernelSpec> default_forward_specs(Target target) {
+std::vector<KernelSpec> default_specs(Pass pass, Target target) {
   std::vector<KernelSpec> specs;
   for (const KernelDType dtype : {KernelDType::kF16, KernelDType::kBF16}) {
     const auto add = [&](std::uint16_t head_dim, std::uint16_t head_dim_v) {
       Problem problem;
+      problem.pass = pass;
       problem.target = target;
       problem.dtype = dtype;
       problem.head_dim = head_dim;

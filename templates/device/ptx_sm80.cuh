@@ -118,19 +118,54 @@ __device__ __forceinline__ Int4 ld_plan_int4(const int* pointer) {
   return v;
 }
 
+__device__ __forceinline__ Int4 ld_global_int4(const void* pointer) {
+  Int4 v;
+  asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(pointer)
+               : "memory");
+  return v;
+}
+
 __device__ __forceinline__ void st_global_int4(void* pointer, const Int4& v) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(pointer), "r"(v.x), "r"(v.y),
                "r"(v.z), "r"(v.w)
                : "memory");
 }
 
-/// Adds a pair of neighbours (8-byte aligned) to global memory.
-__device__ __forceinline__ void red_add_f32x2(float* to, float x, float y) {
+struct alignas(16) Float4 {
+  float x, y, z, w;
+};
+
+__device__ __forceinline__ Float4 ld_global_float4(const float* from) {
+  Float4 v;
+  asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "l"(from)
+               : "memory");
+  return v;
+}
+
+__device__ __forceinline__ void st_global_float4(float* to, const Float4& v) {
+  asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(v.x), "f"(v.y), "f"(v.z),
+               "f"(v.w)
+               : "memory");
+}
+
+/// Adds four neighbours (16-byte aligned) to global memory, in one transaction from sm_90 on.
+__device__ __forceinline__ void red_add_float4(float* to, const Float4& v) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(x), "f"(y) : "memory");
+  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(v.x), "f"(v.y),
+               "f"(v.z), "f"(v.w)
+               : "memory");
 #else
-  asm volatile("red.global.add.f32 [%0], %1;" ::"l"(to), "f"(x) : "memory");
-  asm volatile("red.global.add.f32 [%0], %1;" ::"l"(to + 1), "f"(y) : "memory");
+  asm volatile(
+      "red.global.add.f32 [%0], %1;\n\t"
+      "red.global.add.f32 [%0+4], %2;\n\t"
+      "red.global.add.f32 [%0+8], %3;\n\t"
+      "red.global.add.f32 [%0+12], %4;" ::"l"(to),
+      "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+      : "memory");
 #endif
 }
 

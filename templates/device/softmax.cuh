@@ -6,6 +6,7 @@
 namespace treeattn {
 
 inline constexpr float kLn2 = 0.693147180559945309f;
+inline constexpr float kLog2E = 1.442695040888963407f;
 
 /// The reference maximum of a row moves only when the row's maximum outgrows it by this many powers
 /// of two: the result is the same (numerator and denominator share the reference), sums stay below

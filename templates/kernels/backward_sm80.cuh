@@ -1,21 +1,26 @@
-// Backward, sm80 family: mma.sync, ldmatrix, cp.async. The main kernel: dk, dv and dq's contributions.
+// Backward, sm80 family: mma.sync, ldmatrix, cp.async. The main kernel: dk, dv and dq's
+// contributions.
 //
-// Work      one block = one key tile of the plan (block_n keys) x one kv head x a share of its query
+// Work      one block = one key tile of the plan (block_n keys) x one kv head x a share of its
+// query
 //           heads. K and V stay in shared memory, dK and dV in registers; the block walks the query
 //           rows that its keys' intervals span, [min_first, max_last], for each query head in turn.
 //           Blocks are ordered heavy tiles first inside groups of kv heads.
 // Steps     S = Q K^T; P = exp2(S - lse) with the interval test in partial steps only; dP = dO V^T;
-//           dS = P (dP - delta); P and dS go through shared memory (they change from accumulators to A
-//           operands); dV += P^T dO; dK += dS^T Q; dQ = dS K is added to a float32 accumulator in
-//           global memory, which another kernel scales and converts.
+//           dS = P (dP - delta); P and dS go through shared memory (they change from accumulators
+//           to A operands); dV += P^T dO; dK += dS^T Q; dQ = dS K is added to a float32 accumulator
+//           in global memory, which another kernel scales and converts.
 // Pipeline  stages = 2: Q, dO, lse and delta of step i+1 are in flight during step i;
 //             wait(i) barrier load(i+1) S P dP -> P, dS | barrier | dV dK dQ
 //           stages = 1: loads follow the last use, after one more barrier.
-// Warps     2 x warps/2 over S and dP (rows x keys) and over dQ (rows x dims); warps/2 x 2 over dK and
+// Warps     2 x warps/2 over S and dP (rows x keys) and over dQ (rows x dims); warps/2 x 2 over dK
+// and
 //           dV (keys x dims).
-// Registers dK and dV: block_n * (padded_dim + padded_dim_v) / (32 * warps) a thread, then S and dP:
+// Registers dK and dV: block_n * (padded_dim + padded_dim_v) / (32 * warps) a thread, then S and
+// dP:
 //           2 * block_m * block_n / (32 * warps).
-// Shared    K (reused for dK) | V (reused for dV) | stages x Q | stages x dO | P | dS | stages x {lse,
+// Shared    K (reused for dK) | V (reused for dV) | stages x Q | stages x dO | P | dS | stages x
+// {lse,
 //           delta} | {first, len}; BackwardConfig has the offsets.
 #pragma once
 
@@ -29,7 +34,8 @@ inline constexpr int kM = kConfig.block_m;
 inline constexpr int kN = kConfig.block_n;
 inline constexpr int kThreads = kConfig.threads();
 inline constexpr int kStages = kConfig.stages;
-inline constexpr int kSide = kConfig.warps / 2;  ///< warps along the longer side of the grid of warps
+inline constexpr int kSide =
+    kConfig.warps / 2;  ///< warps along the longer side of the grid of warps
 inline constexpr int kDim = kConfig.padded_dim();
 inline constexpr int kDimV = kConfig.padded_dim_v();
 
@@ -50,12 +56,20 @@ using VRows = SwizzledRows<kDimV / 8>;
 using PRows = SwizzledRows<kN / 8>;
 
 /// Lane patterns of ldmatrix. `A`: row lane % 16, chunk half lane / 16 (A operands as stored, B
-/// operands transposed). `B`: row 0-7 twice then 8-15 twice, halves alternating (B operands as stored,
-/// A operands transposed).
-__device__ __forceinline__ u32 row_a(u32 lane) { return lane % 16; }
-__device__ __forceinline__ u32 half_a(u32 lane) { return lane / 16; }
-__device__ __forceinline__ u32 row_b(u32 lane) { return lane / 16 * 8 + lane % 8; }
-__device__ __forceinline__ u32 half_b(u32 lane) { return lane / 8 % 2; }
+/// operands transposed). `B`: row 0-7 twice then 8-15 twice, halves alternating (B operands as
+/// stored, A operands transposed).
+__device__ __forceinline__ u32 row_a(u32 lane) {
+  return lane % 16;
+}
+__device__ __forceinline__ u32 half_a(u32 lane) {
+  return lane / 16;
+}
+__device__ __forceinline__ u32 row_b(u32 lane) {
+  return lane / 16 * 8 + lane % 8;
+}
+__device__ __forceinline__ u32 half_b(u32 lane) {
+  return lane / 8 % 2;
+}
 
 template <int kTiles, int kPairs>
 __device__ __forceinline__ void clear(float (&c)[kTiles][kPairs * 2][4]) {
@@ -66,10 +80,11 @@ __device__ __forceinline__ void clear(float (&c)[kTiles][kPairs * 2][4]) {
   }
 }
 
-/// c += A B for one 16-deep step: A's tiles lie kRowStep bytes apart, B's pairs are given by `load_b`.
+/// c += A B for one 16-deep step: A's tiles lie kRowStep bytes apart, B's pairs are given by
+/// `load_b`.
 template <int kTiles, int kPairs, class LoadA, class LoadB>
-__device__ __forceinline__ void multiply_step(float (&c)[kTiles][kPairs * 2][4], int pairs, LoadA load_a,
-                                              LoadB load_b) {
+__device__ __forceinline__ void multiply_step(float (&c)[kTiles][kPairs * 2][4], int pairs,
+                                              LoadA load_a, LoadB load_b) {
   u32 a[kTiles][4];
 #pragma unroll
   for (int m = 0; m < kTiles; ++m) load_a(a[m], m);
@@ -105,8 +120,8 @@ struct Place {
 
 /// c = X Y^T for this warp's rows and keys; X has row tiles of the step, Y the block's keys.
 template <class Rows, int kSteps>
-__device__ __forceinline__ void scores(float (&c)[kScoreRows][kScorePairs * 2][4], const Place& at, u32 x,
-                                       u32 y) {
+__device__ __forceinline__ void scores(float (&c)[kScoreRows][kScorePairs * 2][4], const Place& at,
+                                       u32 x, u32 y) {
   clear<kScoreRows, kScorePairs>(c);
   const u32 a_lane = Rows::lane_address(x, at.score_row() + row_a(at.lane), half_a(at.lane));
   const u32 b_lane = Rows::lane_address(y, at.score_key() + row_b(at.lane), half_b(at.lane));
@@ -114,18 +129,20 @@ __device__ __forceinline__ void scores(float (&c)[kScoreRows][kScorePairs * 2][4
   for (int step = 0; step < kSteps; ++step) {
     multiply_step<kScoreRows, kScorePairs>(
         c, kScorePairs,
-        [&](u32(&a)[4], int m) { ldmatrix_x4(a, Rows::at(a_lane, step * 2) + m * 16 * Rows::kRowBytes); },
+        [&](u32(&a)[4], int m) {
+          ldmatrix_x4(a, Rows::at(a_lane, step * 2) + m * 16 * Rows::kRowBytes);
+        },
         [&](u32(&b)[4], int n) {
           ldmatrix_x4(b, Rows::at(b_lane, step * 2) + n * 16 * Rows::kRowBytes);
         });
   }
 }
 
-/// c += P^T X for this warp's keys and half of the dims: P [rows][keys] and X [rows][dims] in shared
-/// memory, both read transposed.
+/// c += P^T X for this warp's keys and half of the dims: P [rows][keys] and X [rows][dims] in
+/// shared memory, both read transposed.
 template <class Rows, int kPairs>
-__device__ __forceinline__ void gradient(float (&c)[kKeyRows][kPairs * 2][4], const Place& at, u32 p, u32 x,
-                                         int pairs) {
+__device__ __forceinline__ void gradient(float (&c)[kKeyRows][kPairs * 2][4], const Place& at,
+                                         u32 p, u32 x, int pairs) {
   const u32 key_chunk = at.grad_key() / 8;
   const u32 dim_chunk = at.grad_half() * kPairs * 2;
 #pragma unroll
@@ -143,14 +160,42 @@ __device__ __forceinline__ void gradient(float (&c)[kKeyRows][kPairs * 2][4], co
   }
 }
 
+/// Writes accumulators to f32 rows, or adds them: each lane's four values of a 16-dim pair lie side
+/// by side, so that a quad moves 64 bytes at once; backward_sum.cuh undoes the exchange. `to` is
+/// the lane's place in row 0; `row` is the lane's first row.
+template <bool kAdd, int kTiles, int kPairs>
+__device__ __forceinline__ void add_rows(const float (&c)[kTiles][kPairs * 2][4], u32 row, int rows,
+                                         int pairs, float* to, i64 row_stride) {
+#pragma unroll
+  for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int i = static_cast<int>(row) + m * 16 + r * 8;
+      if (i >= rows) continue;
+#pragma unroll
+      for (int n = 0; n < kPairs; ++n) {
+        if (n < pairs) {
+          const Float4 v{c[m][n * 2][r * 2], c[m][n * 2][r * 2 + 1], c[m][n * 2 + 1][r * 2],
+                         c[m][n * 2 + 1][r * 2 + 1]};
+          if constexpr (kAdd) {
+            red_add_float4(to + i * row_stride + n * 16, v);
+          } else {
+            st_global_float4(to + i * row_stride + n * 16, v);
+          }
+        }
+      }
+    }
+  }
+}
+
 /// The warp's part of dQ = dS K, added to the accumulator; `rows` of the step exist.
-__device__ __forceinline__ void add_dq(const Place& at, float* dq, i64 row_stride, int rows) {
+__device__ __forceinline__ void add_dq(const Place& at, float* dq, int rows) {
   float c[kDqRows][kDqPairs * 2][4];
   clear<kDqRows, kDqPairs>(c);
   const int pair0 = static_cast<int>(at.dq_part()) * kDqPairs;
   const int pairs = min(kDqPairs, kDim / 16 - pair0);
-  const u32 ds_lane = PRows::lane_address(at.smem + kConfig.ds_offset(), at.dq_row() + row_a(at.lane),
-                                          half_a(at.lane));
+  const u32 ds_lane = PRows::lane_address(at.smem + kConfig.ds_offset(),
+                                          at.dq_row() + row_a(at.lane), half_a(at.lane));
 #pragma unroll
   for (int step = 0; step < kN / 16; ++step) {
     multiply_step<kDqRows, kDqPairs>(
@@ -163,34 +208,23 @@ __device__ __forceinline__ void add_dq(const Place& at, float* dq, i64 row_strid
                                                         (pair0 + n) * 2 + half_a(at.lane)));
         });
   }
-#pragma unroll
-  for (int m = 0; m < kDqRows; ++m) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int row = static_cast<int>(at.dq_row() + at.lane / 4) + m * 16 + r * 8;
-      if (row >= rows) continue;
-      float* to = dq + row * row_stride + pair0 * 16 + at.lane % 4 * 2;
-#pragma unroll
-      for (int n = 0; n < kDqPairs * 2; ++n) {
-        const bool exists = n / 2 < pairs && (pair0 * 2 + n) * 8 < kConfig.head_dim;
-        if (exists) red_add_f32x2(to + n * 8, c[m][n][r * 2], c[m][n][r * 2 + 1]);
-      }
-    }
-  }
+  add_rows<true, kDqRows, kDqPairs>(c, at.dq_row() + at.lane / 4, rows, pairs,
+                                    dq + pair0 * 16 + at.lane % 4 * 4, kDim);
 }
 
 /// Turns scores into P in place and writes it; the interval test runs in partial steps only.
 __device__ __forceinline__ void probabilities(float (&s)[kScoreRows][kScorePairs * 2][4],
-                                              float (&cap)[kScoreRows][kScorePairs * 2][4], const Place& at,
-                                              const BackwardParams& p, u32 stats, int row0, bool full) {
+                                              float (&cap)[kScoreRows][kScorePairs * 2][4],
+                                              const Place& at, const BackwardParams& p, u32 stats,
+                                              int row0, bool full) {
   const int row = row0 + static_cast<int>(at.score_row() + at.lane / 4);
   const u32 mask = at.smem + kConfig.mask_offset() + (at.score_key() + at.lane % 4 * 2) * 4;
 #pragma unroll
   for (int m = 0; m < kScoreRows; ++m) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float lse =
-          __int_as_float(ld_shared_u32(stats + (at.score_row() + at.lane / 4 + m * 16 + r * 8) * 4));
+      const float lse = __int_as_float(
+          ld_shared_u32(stats + (at.score_row() + at.lane / 4 + m * 16 + r * 8) * 4));
 #pragma unroll
       for (int n = 0; n < kScorePairs * 2; ++n) {
 #pragma unroll
@@ -245,7 +279,7 @@ __device__ __forceinline__ void store_scores(const float (&s)[kScoreRows][kScore
 struct Work {
   KeyTile bounds;
   int key0, keys;
-  int kv_head;
+  int kv_head, share;
   int head0, head_end;  ///< query heads of this block
   bool invalid;
 };
@@ -265,26 +299,27 @@ __device__ __forceinline__ bool assign(const BackwardParams& p, Work& work) {
   work.key0 = order.y;
   work.keys = order.z;
   work.kv_head = group * p.kv_heads_in_group + unit / p.head_shares;
-  const int share = unit % p.head_shares;
-  work.head0 = work.kv_head * p.heads_per_kv + share * p.heads_per_kv / p.head_shares;
-  work.head_end = work.kv_head * p.heads_per_kv + (share + 1) * p.heads_per_kv / p.head_shares;
+  work.share = unit % p.head_shares;
+  work.head0 = work.kv_head * p.heads_per_kv + work.share * p.heads_per_kv / p.head_shares;
+  work.head_end = work.kv_head * p.heads_per_kv + (work.share + 1) * p.heads_per_kv / p.head_shares;
   work.invalid = order.w < p.batch && p.plan[p.seq_fault + order.w] != 0;
   return true;
 }
 
-__device__ __forceinline__ void load_step(const BackwardParams& p, u32 smem, int head, int row0, int rows,
-                                          int stage) {
+__device__ __forceinline__ void load_step(const BackwardParams& p, u32 smem, int head, int row0,
+                                          int rows, int stage) {
   load_rows<kThreads, kM, kConfig.head_dim / 8, kDim / 8>(
       smem + kConfig.q_offset() + stage * kConfig.q_stage_bytes(),
-      static_cast<const u16*>(p.q) + head * p.q_head_stride + row0 * p.q_token_stride, p.q_token_stride,
-      rows);
+      static_cast<const u16*>(p.q) + head * p.q_head_stride + row0 * p.q_token_stride,
+      p.q_token_stride, rows);
   load_rows<kThreads, kM, kConfig.head_dim_v / 8, kDimV / 8>(
       smem + kConfig.do_offset() + stage * kConfig.do_stage_bytes(),
       static_cast<const u16*>(p.dout) + head * p.dout_head_stride + row0 * p.dout_token_stride,
       p.dout_token_stride, rows);
   const u32 stats = smem + kConfig.stats_offset() + stage * kConfig.stats_stage_bytes();
   const i64 row = static_cast<i64>(head) * p.total_q + row0;
-  for (int i = threadIdx.x; i < 2 * kM; i += kThreads) {  // rows that are not there: Q = dO = 0, P = 1, dS = 0
+  for (int i = threadIdx.x; i < 2 * kM;
+       i += kThreads) {  // rows that are not there: Q = dO = 0, P = 1, dS = 0
     const float* array = i < kM ? p.lse_log2 : p.delta;
     cp_async_4(stats + i * 4, array + row + i % kM, i % kM < rows);
   }
@@ -292,8 +327,9 @@ __device__ __forceinline__ void load_step(const BackwardParams& p, u32 smem, int
 
 /// Writes a gradient tile [keys][dims] from accumulators through shared memory at `smem`.
 template <class Rows, int kPairs, int kDims, int kPadded>
-__device__ __forceinline__ void store_gradient(const float (&c)[kKeyRows][kPairs * 2][4], const Place& at,
-                                               u32 smem, float scale, u16* out, i64 row_stride, int keys) {
+__device__ __forceinline__ void store_gradient(const float (&c)[kKeyRows][kPairs * 2][4],
+                                               const Place& at, u32 smem, float scale, u16* out,
+                                               i64 row_stride, int keys) {
   const int pairs = min(kPairs, kPadded / 16 - static_cast<int>(at.grad_half()) * kPairs);
 #pragma unroll
   for (int m = 0; m < kKeyRows; ++m) {
@@ -317,25 +353,16 @@ __device__ __forceinline__ void store_gradient(const float (&c)[kKeyRows][kPairs
   }
 }
 
-/// Adds a gradient tile to a float32 accumulator [tokens, heads_kv, dims] that several blocks share.
-template <int kPairs, int kDims>
-__device__ __forceinline__ void add_gradient(const float (&c)[kKeyRows][kPairs * 2][4], const Place& at,
-                                             float* out, i64 row_stride, int keys) {
-#pragma unroll
-  for (int m = 0; m < kKeyRows; ++m) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int row = static_cast<int>(at.grad_key() + at.lane / 4) + m * 16 + r * 8;
-      if (row >= keys) continue;
-#pragma unroll
-      for (int n = 0; n < kPairs * 2; ++n) {
-        const int dim = (static_cast<int>(at.grad_half()) * kPairs * 2 + n) * 8;
-        if (dim < kDims) {
-          red_add_f32x2(out + row * row_stride + dim + at.lane % 4 * 2, c[m][n][r * 2], c[m][n][r * 2 + 1]);
-        }
-      }
-    }
-  }
+/// Writes a block's share of a gradient tile to its own f32 rows; backward_sum.cuh adds the shares
+/// up.
+template <int kPairs, int kPadded>
+__device__ __forceinline__ void store_share(const float (&c)[kKeyRows][kPairs * 2][4],
+                                            const Place& at, float* share, i64 row_stride,
+                                            int keys) {
+  const int pair0 = static_cast<int>(at.grad_half()) * kPairs;
+  add_rows<false, kKeyRows, kPairs>(c, at.grad_key() + at.lane / 4, keys,
+                                    min(kPairs, kPadded / 16 - pair0),
+                                    share + pair0 * 16 + at.lane % 4 * 4, row_stride);
 }
 
 /// The walk over query heads and their row tiles.
@@ -363,19 +390,23 @@ __device__ __forceinline__ void run(const BackwardParams& p) {
 #pragma unroll
     for (int m = 0; m < kKeyRows; ++m) {
 #pragma unroll
-      for (int n = 0; n < kDimPairs * 2; ++n) dk[m][n][0] = dk[m][n][1] = dk[m][n][2] = dk[m][n][3] = quiet_nan();
+      for (int n = 0; n < kDimPairs * 2; ++n)
+        dk[m][n][0] = dk[m][n][1] = dk[m][n][2] = dk[m][n][3] = quiet_nan();
 #pragma unroll
-      for (int n = 0; n < kDimVPairs * 2; ++n) dv[m][n][0] = dv[m][n][1] = dv[m][n][2] = dv[m][n][3] = quiet_nan();
+      for (int n = 0; n < kDimVPairs * 2; ++n)
+        dv[m][n][0] = dv[m][n][1] = dv[m][n][2] = dv[m][n][3] = quiet_nan();
     }
   } else if (work.bounds.max_last >= 0) {
-    load_rows<kThreads, kN, kConfig.head_dim / 8, kDim / 8>(
-        at.smem,
-        static_cast<const u16*>(p.k) + work.kv_head * p.k_head_stride + work.key0 * p.k_token_stride,
-        p.k_token_stride, work.keys);
-    load_rows<kThreads, kN, kConfig.head_dim_v / 8, kDimV / 8>(
-        at.smem + kConfig.v_offset(),
-        static_cast<const u16*>(p.v) + work.kv_head * p.v_head_stride + work.key0 * p.v_token_stride,
-        p.v_token_stride, work.keys);
+    load_rows<kThreads, kN, kConfig.head_dim / 8, kDim / 8>(at.smem,
+                                                            static_cast<const u16*>(p.k) +
+                                                                work.kv_head * p.k_head_stride +
+                                                                work.key0 * p.k_token_stride,
+                                                            p.k_token_stride, work.keys);
+    load_rows<kThreads, kN, kConfig.head_dim_v / 8, kDimV / 8>(at.smem + kConfig.v_offset(),
+                                                               static_cast<const u16*>(p.v) +
+                                                                   work.kv_head * p.v_head_stride +
+                                                                   work.key0 * p.v_token_stride,
+                                                               p.v_token_stride, work.keys);
     for (int i = threadIdx.x; i < 2 * kN; i += kThreads) {
       const i64 array = i < kN ? p.first : p.len;
       cp_async_4(at.smem + kConfig.mask_offset() + i * 4, p.plan + array + work.key0 + i % kN,
@@ -392,7 +423,8 @@ __device__ __forceinline__ void run(const BackwardParams& p) {
       cp_async_wait_group<0>();
       __syncthreads();
       if (kStages == 2 && more) {
-        load_step(p, at.smem, walk.head, walk.row0, min(kM, work.bounds.max_last + 1 - walk.row0), stage ^ 1);
+        load_step(p, at.smem, walk.head, walk.row0, min(kM, work.bounds.max_last + 1 - walk.row0),
+                  stage ^ 1);
       }
       cp_async_commit_group();
       const int rows = min(kM, work.bounds.max_last + 1 - now.row0);
@@ -428,29 +460,32 @@ __device__ __forceinline__ void run(const BackwardParams& p) {
         store_scores(dp, at, at.smem + kConfig.ds_offset());
       }
       __syncthreads();
-      gradient<VRows, kDimVPairs>(dv, at, at.smem + kConfig.p_offset(), dout,
-                                  min(kDimVPairs, kDimV / 16 - static_cast<int>(at.grad_half()) * kDimVPairs));
-      gradient<QkRows, kDimPairs>(dk, at, at.smem + kConfig.ds_offset(), q,
-                                  min(kDimPairs, kDim / 16 - static_cast<int>(at.grad_half()) * kDimPairs));
+      gradient<VRows, kDimVPairs>(
+          dv, at, at.smem + kConfig.p_offset(), dout,
+          min(kDimVPairs, kDimV / 16 - static_cast<int>(at.grad_half()) * kDimVPairs));
+      gradient<QkRows, kDimPairs>(
+          dk, at, at.smem + kConfig.ds_offset(), q,
+          min(kDimPairs, kDim / 16 - static_cast<int>(at.grad_half()) * kDimPairs));
       if (kStages == 1 && more) {
         __syncthreads();
-        load_step(p, at.smem, walk.head, walk.row0, min(kM, work.bounds.max_last + 1 - walk.row0), 0);
+        load_step(p, at.smem, walk.head, walk.row0, min(kM, work.bounds.max_last + 1 - walk.row0),
+                  0);
         cp_async_commit_group();
       }
-      add_dq(at, p.dq_accumulator + (static_cast<i64>(now.head) * p.total_q + now.row0) * kConfig.head_dim,
-             kConfig.head_dim, rows);
+      if (p.dq_accumulator != nullptr) {
+        add_dq(at, p.dq_accumulator + (static_cast<i64>(now.head) * p.total_q + now.row0) * kDim,
+               rows);
+      }
       if (kStages == 2) stage ^= 1;
     }
     __syncthreads();
   }
   if (p.head_shares > 1) {
-    add_gradient<kDimPairs, kConfig.head_dim>(
-        dk, at, p.dk_accumulator + (static_cast<i64>(work.key0) * p.heads_kv + work.kv_head) * kConfig.head_dim,
-        static_cast<i64>(p.heads_kv) * kConfig.head_dim, work.keys);
-    add_gradient<kDimVPairs, kConfig.head_dim_v>(
-        dv, at,
-        p.dv_accumulator + (static_cast<i64>(work.key0) * p.heads_kv + work.kv_head) * kConfig.head_dim_v,
-        static_cast<i64>(p.heads_kv) * kConfig.head_dim_v, work.keys);
+    const i64 key = static_cast<i64>(work.share) * p.total_k + work.key0;
+    store_share<kDimPairs, kDim>(dk, at, p.dk_shares + (key * p.heads_kv + work.kv_head) * kDim,
+                                 static_cast<i64>(p.heads_kv) * kDim, work.keys);
+    store_share<kDimVPairs, kDimV>(dv, at, p.dv_shares + (key * p.heads_kv + work.kv_head) * kDimV,
+                                   static_cast<i64>(p.heads_kv) * kDimV, work.keys);
     return;
   }
   store_gradient<QkRows, kDimPairs, kConfig.head_dim, kDim>(
@@ -465,6 +500,8 @@ __device__ __forceinline__ void run(const BackwardParams& p) {
 
 }  // namespace backward
 
-__device__ __forceinline__ void backward_sm80(const BackwardParams& p) { backward::run(p); }
+__device__ __forceinline__ void backward_sm80(const BackwardParams& p) {
+  backward::run(p);
+}
 
 }  // namespace treeattn

@@ -101,4 +101,7 @@ struct BackwardConfig {
   TREEATTN_HOST_DEVICE constexpr int smem_bytes() const { return mask_offset() + 2 * block_n * 4; }
 };
 
+/// Threads per block of the kernels that only read and write rows once.
+inline constexpr int kElementwiseThreads = 256;
+
 }  // namespace treeattn

@@ -67,12 +67,12 @@ struct BackwardParams {
   void* dk;
   void* dv;
   const int* plan;
-  // Workspace
+  // Workspace. Dims are padded to multiples of 16 and lie in the order that backward_sum.cuh reads.
   float* lse_log2;        ///< [heads, total_q]: lse * log2(e), +inf where a row sees nothing
   float* delta;           ///< [heads, total_q]
-  float* dq_accumulator;  ///< [heads, total_q, head_dim]
-  float* dk_accumulator;  ///< [total_k, heads_kv, head_dim], only where head_shares > 1
-  float* dv_accumulator;  ///< [total_k, heads_kv, head_dim_v], likewise
+  float* dq_accumulator;  ///< [heads, total_q, padded_dim]; null: another kernel makes dq
+  float* dk_shares;       ///< [head_shares, total_k, heads_kv, padded_dim], where head_shares > 1
+  float* dv_shares;       ///< [head_shares, total_k, heads_kv, padded_dim_v], likewise
   long long q_token_stride, q_head_stride;
   long long k_token_stride, k_head_stride;
   long long v_token_stride, v_head_stride;
