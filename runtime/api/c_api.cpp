@@ -80,7 +80,8 @@ treeattn::DType to_dtype(std::int32_t dtype) {
 }
 
 treeattn::Shape to_shape(const treeattn_shape& s) {
-  return {to_dtype(s.dtype), s.heads, s.heads_kv, s.head_dim, s.head_dim_v, s.softcap != 0};
+  return {to_dtype(s.dtype), s.heads,        s.heads_kv,     s.head_dim,
+          s.head_dim_v,      s.softcap != 0, s.backward != 0};
 }
 
 std::vector<treeattn::Shape> to_shapes(const treeattn_shape* shapes, std::size_t count) {
@@ -233,6 +234,51 @@ treeattn_status treeattn_forward(treeattn_engine* engine, const treeattn_forward
     converted.workspace_bytes = a.workspace_bytes;
     if (a.spec != nullptr) converted.spec = a.spec;
     require(engine, "engine").engine.forward(converted, stream);
+  });
+}
+
+treeattn_status treeattn_backward_workspace_bytes(const treeattn_engine* engine,
+                                                  const treeattn_plan* plan,
+                                                  const treeattn_shape* shape,
+                                                  int32_t deterministic, size_t* bytes) {
+  return guarded([&] {
+    require(bytes, "bytes") = require(engine, "engine")
+                                  .engine.backward_workspace_bytes(
+                                      to_plan(require_struct(plan, "plan")),
+                                      to_shape(require_struct(shape, "shape")), deterministic != 0);
+  });
+}
+
+treeattn_status treeattn_backward(treeattn_engine* engine, const treeattn_backward_args* args,
+                                  void* stream) {
+  return guarded([&] {
+    const treeattn_backward_args& a = require_struct(args, "args");
+    const treeattn::Plan plan = to_plan(require_struct(a.plan, "plan"));
+    treeattn::BackwardArgs converted;
+    converted.dtype = to_dtype(a.dtype);
+    converted.heads = a.heads;
+    converted.heads_kv = a.heads_kv;
+    converted.head_dim = a.head_dim;
+    converted.head_dim_v = a.head_dim_v;
+    converted.q = to_tensor(a.q);
+    converted.k = to_tensor(a.k);
+    converted.v = to_tensor(a.v);
+    converted.out = to_tensor(a.out);
+    converted.dout = to_tensor(a.dout);
+    converted.dq = {a.dq.data, a.dq.token_stride, a.dq.head_stride};
+    converted.dk = {a.dk.data, a.dk.token_stride, a.dk.head_stride};
+    converted.dv = {a.dv.data, a.dv.token_stride, a.dv.head_stride};
+    converted.lse = a.lse;
+    converted.dlse = a.dlse;
+    converted.softmax_scale = a.softmax_scale;
+    converted.softcap = a.softcap;
+    converted.deterministic = a.deterministic != 0;
+    converted.plan = &plan;
+    converted.plan_buffer = a.plan_buffer;
+    converted.workspace = a.workspace;
+    converted.workspace_bytes = a.workspace_bytes;
+    if (a.spec != nullptr) converted.spec = a.spec;
+    require(engine, "engine").engine.backward(converted, stream);
   });
 }
 

@@ -10,6 +10,8 @@
 
 #include "generator/arch.h"
 #include "generator/tile_space.h"
+#include "runtime/attention/backward.h"
+#include "runtime/attention/cpu_backward.h"
 #include "runtime/attention/cpu_forward.h"
 #include "runtime/attention/forward.h"
 #include "runtime/attention/plan_cpu.h"
@@ -87,31 +89,34 @@ struct Engine::Impl {
     return spec;
   }
 
-  KernelSpec forward_spec(const Shape& shape) const {
-    return default_spec(forward_problem(shape, target));
+  KernelSpec kernel_spec(Pass pass, const Shape& shape) const {
+    return default_spec(problem_for(pass, shape, target));
   }
 
-  KernelSpec forward_spec(const ForwardArgs& args) const {
-    const Shape shape = shape_of(args);
-    if (args.spec.empty()) return forward_spec(shape);
-    const KernelSpec spec = parse_kernel_spec(args.spec);
-    if (spec.problem != forward_problem(shape, target)) {
+  /// The spec that the caller names, or the default.
+  KernelSpec kernel_spec(Pass pass, const Shape& shape, std::string_view text) const {
+    if (text.empty()) return kernel_spec(pass, shape);
+    const KernelSpec spec = parse_kernel_spec(text);
+    const Problem asked = problem_for(pass, shape, target);
+    if (spec.problem != asked) {
       throw Error(ErrorCode::kInvalidArgument,
-                  fmt::format("spec {} does not fit these arguments, which ask for {}", args.spec,
-                              to_string(forward_problem(shape, target))));
+                  fmt::format("spec {} does not fit these arguments, which ask for {}", text,
+                              to_string(asked)));
     }
     return spec;
   }
 
-  void launch(const LoadedKernel& kernel, std::size_t entry, unsigned x, unsigned y,
-              const void* params, std::size_t params_bytes, Stream stream) {
+  void launch(const LoadedKernel& kernel, std::size_t entry, const Grid& grid, const void* params,
+              std::size_t params_bytes, Stream stream) {
+    if (grid.x == 0) return;
     LaunchPlan plan;
     plan.kernel = kernel.entry(entry).function;
-    plan.grid = {x, y, 1};
+    plan.grid = {grid.x, grid.y, grid.z};
     plan.threads = static_cast<unsigned>(kernel.entry(entry).threads);
     plan.smem_bytes = static_cast<unsigned>(kernel.entry(entry).smem_bytes);
     plan.params = params;
     plan.params_bytes = params_bytes;
+    plan.name = kernel.entry(entry).name;
     treeattn::launch(plan, to_stream(stream));
     launches.fetch_add(1, std::memory_order_relaxed);
   }
@@ -123,17 +128,29 @@ struct Engine::Impl {
     const PlanLaunch work = make_plan_launch(shape, inputs, buffer, device.sm_count);
     const std::array grids{work.sequences, work.intervals, work.key_tiles, work.query_tiles};
     for (std::size_t i = 0; i < grids.size(); ++i) {
-      launch(kernel, i, grids[i].x, grids[i].y, &work.params, sizeof(work.params), stream);
+      launch(kernel, i, grids[i], &work.params, sizeof(work.params), stream);
     }
   }
 
   void forward(const ForwardArgs& args, const PlanShape& plan, Stream stream) {
-    const KernelSpec spec = forward_spec(args);
+    const KernelSpec spec = kernel_spec(Pass::kForward, shape_of(args), args.spec);
     const ForwardLaunch work = make_forward_launch(args, plan, spec, device.l2_bytes);
-    if (work.blocks == 0) return;
+    if (work.grid.x == 0) return;
     const ContextScope scope(context);
-    launch(kernels->get(spec, to_stream(stream)), 0, work.blocks, 1, &work.params,
-           sizeof(work.params), stream);
+    launch(kernels->get(spec, to_stream(stream)), 0, work.grid, &work.params, sizeof(work.params),
+           stream);
+  }
+
+  void backward(const BackwardArgs& args, const PlanShape& plan, Stream stream) {
+    const KernelSpec spec = kernel_spec(Pass::kBackward, shape_of(args), args.spec);
+    const BackwardLaunch work =
+        make_backward_launch(args, plan, spec, device.sm_count, device.l2_bytes);
+    const ContextScope scope(context);
+    const LoadedKernel& kernel = kernels->get(spec, to_stream(stream));
+    const std::array grids{work.prepare, work.main, work.dq, work.dk_dv};
+    for (std::size_t i = 0; i < grids.size(); ++i) {
+      launch(kernel, i, grids[i], &work.params, sizeof(work.params), stream);
+    }
   }
 };
 
@@ -199,8 +216,12 @@ Plan Engine::plan_for(std::int64_t total_q, std::int64_t total_k, int batch,
   for (const Shape& shape : shapes) {
     check_shape(shape, impl_->cuda());
     if (!impl_->cuda()) continue;
-    const TileConfig tile = impl_->forward_spec(shape).tile;
-    add_view({tile.block_m, tile.block_n});
+    const auto add = [&](Pass pass) {
+      const TileConfig tile = impl_->kernel_spec(pass, shape).tile;
+      add_view({tile.block_m, tile.block_n});
+    };
+    add(Pass::kForward);
+    if (shape.backward) add(Pass::kBackward);
   }
   const Plan header = to_plan(plan);
   to_plan_shape(header);  // checks batch
@@ -261,6 +282,26 @@ void Engine::forward(const ForwardArgs& args, Stream stream) {
   impl_->forward(args, plan, stream);
 }
 
+std::size_t Engine::backward_workspace_bytes(const Plan& plan, const Shape& shape,
+                                             bool deterministic) const {
+  const PlanShape header = to_plan_shape(plan);
+  check_shape(shape, impl_->cuda());
+  if (!impl_->cuda()) return 0;
+  return treeattn::backward_workspace_bytes(
+      header, shape, backward_head_shares(header, shape, impl_->device.sm_count, deterministic),
+      deterministic);
+}
+
+void Engine::backward(const BackwardArgs& args, Stream stream) {
+  const PlanShape plan = check_backward(args, impl_->cuda());
+  if (!impl_->cuda()) {
+    cpu_backward(args, impl_->threads);
+    return;
+  }
+  impl_->check_process();
+  impl_->backward(args, plan, stream);
+}
+
 std::vector<PreparedKernel> Engine::prepare(std::span<const Shape> shapes) {
   std::vector<PreparedKernel> prepared;
   for (const Shape& shape : shapes) check_shape(shape, impl_->cuda());
@@ -271,7 +312,10 @@ std::vector<PreparedKernel> Engine::prepare(std::span<const Shape> shapes) {
     prepared.push_back(impl_->kernels->prepare(spec));
   };
   add(impl_->plan_spec());
-  for (const Shape& shape : shapes) add(impl_->forward_spec(shape));
+  for (const Shape& shape : shapes) {
+    add(impl_->kernel_spec(Pass::kForward, shape));
+    if (shape.backward) add(impl_->kernel_spec(Pass::kBackward, shape));
+  }
   return prepared;
 }
 

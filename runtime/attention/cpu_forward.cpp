@@ -1,17 +1,12 @@
 #include "runtime/attention/cpu_forward.h"
 
-#include <fmt/format.h>
-
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstddef>
 #include <limits>
-#include <system_error>
-#include <thread>
 #include <vector>
 
-#include "runtime/attention/half.h"
+#include "runtime/attention/cpu_executor.h"
 #include "runtime/attention/plan.h"
 
 namespace treeattn {
@@ -21,31 +16,6 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 /// Keys whose scores are computed together; divides every key tile.
 constexpr int kChunk = kGranuleKeys;
-
-struct F16 {
-  using Stored = std::uint16_t;
-  using Acc = float;
-  static float load(Stored bits) { return f16_to_float(bits); }
-  static Stored store(double value) { return float_to_f16(static_cast<float>(value)); }
-};
-struct BF16 {
-  using Stored = std::uint16_t;
-  using Acc = float;
-  static float load(Stored bits) { return bf16_to_float(bits); }
-  static Stored store(double value) { return float_to_bf16(static_cast<float>(value)); }
-};
-struct F32 {
-  using Stored = float;
-  using Acc = float;
-  static float load(Stored value) { return value; }
-  static Stored store(double value) { return static_cast<float>(value); }
-};
-struct F64 {
-  using Stored = double;
-  using Acc = double;
-  static double load(Stored value) { return value; }
-  static Stored store(double value) { return value; }
-};
 
 /// One (query tile, head) at a time, in scratch of its own.
 template <class Type>
@@ -73,13 +43,15 @@ class Worker {
     sum_.resize(rows);
   }
 
-  void run(const QueryTile& tile, int head) {
+  void run(std::int64_t task) {
+    const QueryTile& tile = plan_.query_tiles(view_)[static_cast<std::size_t>(task / args_.heads)];
+    const auto head = static_cast<int>(task % args_.heads);
     std::fill_n(max_.begin(), tile.rows, -kInfinity);
     std::fill_n(sum_.begin(), tile.rows, 0.0);
     std::fill_n(out_.begin(), static_cast<std::size_t>(tile.rows) * dim_v_, Acc{0});
     const int head_kv = head / (args_.heads / args_.heads_kv);
     if (tile.work > 0) {
-      load_rows(args_.q, tile.row0, tile.rows, head, dim_, q_.data());
+      cpu::load_rows<Type>(args_.q, tile.row0, tile.rows, head, dim_, q_.data());
       const int m1 = tile.row0 + tile.rows - 1;
       for (int t = tile.lo; t < tile.hi; ++t) {
         const KeyTile& bounds = plan_.key_tiles(view_)[tile.slot0 + t];
@@ -95,18 +67,9 @@ class Worker {
   }
 
  private:
-  void load_rows(const ConstTensor& from, std::int64_t token, int count, int head, int dim,
-                 Acc* to) {
-    const auto* data = static_cast<const Stored*>(from.data);
-    for (int r = 0; r < count; ++r) {
-      const Stored* row = data + (token + r) * from.token_stride + head * from.head_stride;
-      for (int d = 0; d < dim; ++d) *to++ = Type::load(row[d]);
-    }
-  }
-
   /// k transposed, so that a chunk of keys is a vector; lanes past the last key are zero.
   void load_keys(int key0, int keys, int head) {
-    load_rows(args_.v, key0, keys, head, dim_v_, v_.data());
+    cpu::load_rows<Type>(args_.v, key0, keys, head, dim_v_, v_.data());
     if (keys < block_n_) std::fill(k_transposed_.begin(), k_transposed_.end(), Acc{0});
     const auto* data = static_cast<const Stored*>(args_.k.data);
     for (int n = 0; n < keys; ++n) {
@@ -199,62 +162,15 @@ class Worker {
   std::vector<double> max_, sum_;
 };
 
-template <class Type>
-void run_all(const ForwardArgs& args, const PlanReader& plan, int view, int threads) {
-  const std::span<const QueryTile> tiles = plan.query_tiles(view);
-  const std::int64_t tasks = static_cast<std::int64_t>(tiles.size()) * args.heads;
-  if (tasks == 0) return;
-  const std::int64_t wanted =
-      threads > 0 ? threads : std::max(1u, std::thread::hardware_concurrency());
-  // Scratch is made before any thread starts, so that running out of memory is an ordinary
-  // exception.
-  std::vector<Worker<Type>> workers;
-  for (std::int64_t i = 0; i < std::min(wanted, tasks); ++i) workers.emplace_back(args, plan, view);
-
-  std::atomic<std::int64_t> next{0};
-  const auto work = [&](Worker<Type>& worker) {
-    for (std::int64_t task = next++; task < tasks; task = next++) {
-      worker.run(tiles[static_cast<std::size_t>(task / args.heads)],
-                 static_cast<int>(task % args.heads));
-    }
-  };
-  std::vector<std::jthread> pool;
-  pool.reserve(workers.size());
-  try {
-    for (std::size_t i = 1; i < workers.size(); ++i)
-      pool.emplace_back([&, i] { work(workers[i]); });
-  } catch (const std::system_error&) {
-    // Fewer threads than asked for: those that run do all of it.
-  }
-  work(workers[0]);
-}
-
 }  // namespace
 
 void cpu_forward(const ForwardArgs& args, int threads) {
-  const PlanShape shape = to_plan_shape(*args.plan);
-  const PlanReader plan(shape, args.plan_buffer);
-  if (!plan.built()) {
-    throw Error(ErrorCode::kInvalidArgument, "plan_buffer holds no plan",
-                "call build_plan on this buffer first");
-  }
-  if (shape.num_views == 0) {
-    throw Error(ErrorCode::kInvalidArgument, "the plan holds no tile lists",
-                "make its header with plan_for() and at least one shape");
-  }
-  switch (args.dtype) {
-    case DType::kF16:
-      return run_all<F16>(args, plan, 0, threads);
-    case DType::kBF16:
-      return run_all<BF16>(args, plan, 0, threads);
-    case DType::kF32:
-      return run_all<F32>(args, plan, 0, threads);
-    case DType::kF64:
-      return run_all<F64>(args, plan, 0, threads);
-  }
-  throw Error(
-      ErrorCode::kInvalidArgument,
-      fmt::format("dtype is {}, expected kF16, kBF16, kF32 or kF64", static_cast<int>(args.dtype)));
+  const PlanReader plan(to_plan_shape(*args.plan), args.plan_buffer);
+  cpu::check_built(plan);
+  const std::int64_t tasks = static_cast<std::int64_t>(plan.query_tiles(0).size()) * args.heads;
+  cpu::with_type(args.dtype, [&]<class Type>(Type) {
+    cpu::run_tasks<Worker<Type>>(tasks, threads, [&] { return Worker<Type>(args, plan, 0); });
+  });
 }
 
 }  // namespace treeattn

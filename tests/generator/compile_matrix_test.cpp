@@ -54,7 +54,7 @@ TEST_P(CompileMatrixSlow, DefaultSpecsCompileWithoutSpills) {
   if (!has_nvrtc()) GTEST_SKIP() << "no NVRTC on this machine";
   const Target target{static_cast<std::uint16_t>(GetParam()), false};
   if (!knows(target)) GTEST_SKIP() << "this NVRTC does not compile for " << to_string(target);
-  for (const Compiled& compiled : compile_all(default_forward_specs(target))) {
+  for (const Compiled& compiled : compile_all(default_specs(Pass::kForward, target))) {
     const std::string text = to_string(compiled.spec);
     ASSERT_TRUE(compiled.result.artifact) << text << ": " << compiled.result.failure;
     ASSERT_EQ(compiled.result.artifact->entries.size(), 1U);

@@ -61,7 +61,7 @@ TEST(Generate, EverySpecHasItsOwnSource) {
   std::set<std::string> keys;
   std::size_t specs = 0;
   for (const int cc : {80, 90}) {
-    for (const KernelSpec& spec : default_forward_specs({static_cast<std::uint16_t>(cc), false})) {
+    for (const KernelSpec& spec : default_specs(Pass::kForward, {static_cast<std::uint16_t>(cc), false})) {
       keys.insert(artifact_key(generate(spec), compile_options(spec)).hex());
       ++specs;
     }

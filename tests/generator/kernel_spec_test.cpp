@@ -32,7 +32,7 @@ TEST(KernelSpec, EveryDefaultSpecRoundTrips) {
   std::set<std::string> texts;
   std::unordered_set<KernelSpec, KernelSpecHash> specs;
   for (const ArchLimits& arch : known_targets()) {
-    for (const KernelSpec& spec : default_forward_specs(arch.target)) {
+    for (const KernelSpec& spec : default_specs(Pass::kForward, arch.target)) {
       const std::string text = to_string(spec);
       EXPECT_EQ(parse_kernel_spec(text), spec) << text;
       EXPECT_TRUE(texts.insert(text).second) << text << " names two specs";

@@ -31,7 +31,7 @@ std::string reason(const Problem& p, TileConfig tile) {
 TEST(TileSpace, EveryHeadDimHasItsOwnDefaultSpec) {
   for (const ArchLimits& arch : known_targets()) {
     std::set<std::pair<int, int>> dims;
-    for (const KernelSpec& spec : default_forward_specs(arch.target)) {
+    for (const KernelSpec& spec : default_specs(Pass::kForward, arch.target)) {
       dims.insert({spec.problem.head_dim, spec.problem.head_dim_v});
       EXPECT_EQ(spec.problem.target, arch.target);
     }
@@ -54,7 +54,7 @@ TEST(TileSpace, EveryPairOfHeadDimsHasALegalDefault) {
 
 TEST(TileSpace, DefaultsFitTheirTarget) {
   for (const ArchLimits& arch : known_targets()) {
-    for (const KernelSpec& spec : default_forward_specs(arch.target)) {
+    for (const KernelSpec& spec : default_specs(Pass::kForward, arch.target)) {
       const ForwardConfig config = forward_config(spec);
       EXPECT_LE(config.smem_bytes(), arch.smem_per_block) << to_string(spec);
       EXPECT_LE(blocks_per_sm(spec) * (config.smem_bytes() + 1024), arch.smem_per_sm)

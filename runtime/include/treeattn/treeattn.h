@@ -63,6 +63,7 @@ struct Shape {
   int head_dim = 0;
   int head_dim_v = 0;  ///< 0: as head_dim
   bool softcap = false;
+  bool backward = false;  ///< the plan and prepare() also serve backward
 };
 
 struct ForwardArgs {
@@ -80,6 +81,31 @@ struct ForwardArgs {
   const std::int32_t* plan_buffer = nullptr;  ///< built by build_plan
   void* workspace = nullptr;                  ///< forward_workspace_bytes() bytes
   std::size_t workspace_bytes = 0;
+  /// Kernel to use in place of the default, as canonical text; empty: the default.
+  std::string_view spec = {};
+};
+
+/// Tensors are as in ForwardArgs; gradients have the shapes of what they belong to. dq, dk and dv
+/// are overwritten, never added to.
+struct BackwardArgs {
+  DType dtype = DType::kBF16;
+  int heads = 0;
+  int heads_kv = 0;
+  int head_dim = 0;
+  int head_dim_v = 0;  ///< 0: as head_dim
+  ConstTensor q, k, v, out, dout;
+  const float* lse = nullptr;   ///< [heads, total_q], as forward wrote it
+  const float* dlse = nullptr;  ///< [heads, total_q], gradient of lse; null: zero
+  Tensor dq, dk, dv;
+  double softmax_scale = 0;  ///< as in forward
+  double softcap = 0;        ///< as in forward
+  /// Gradients that are bit-identical from run to run and independent of what else is packed.
+  /// Without, the order in which dq's summands are added is left to chance.
+  bool deterministic = false;
+  const Plan* plan = nullptr;
+  const std::int32_t* plan_buffer = nullptr;
+  void* workspace = nullptr;        ///< 16-byte aligned
+  std::size_t workspace_bytes = 0;  ///< at least backward_workspace_bytes()
   /// Kernel to use in place of the default, as canonical text; empty: the default.
   std::string_view spec = {};
 };
@@ -119,8 +145,8 @@ struct EngineOptions {
 
 /// The entry point. A CUDA engine belongs to the context that was current when it was created (a
 /// framework's primary context, say); calls from threads without a current context use that
-/// context. Thread-safe. Nothing in build_plan() and forward() allocates device memory or
-/// synchronises.
+/// context. Thread-safe. Nothing in build_plan(), forward() and backward() allocates device memory
+/// or synchronises.
 class Engine {
  public:
   explicit Engine(const EngineOptions& options = {});
@@ -143,6 +169,13 @@ class Engine {
 
   std::size_t forward_workspace_bytes(const Plan& plan, const Shape& shape) const;
   void forward(const ForwardArgs& args, Stream stream = nullptr);
+
+  /// About 4 bytes x total_q x heads x (head_dim + 2) on a GPU, less where `deterministic`, more
+  /// where a small batch needs several blocks for the heads of one kv head. Contents do not matter.
+  std::size_t backward_workspace_bytes(const Plan& plan, const Shape& shape,
+                                       bool deterministic = false) const;
+  /// Needs a plan that was made for shapes with `backward`.
+  void backward(const BackwardArgs& args, Stream stream = nullptr);
 
   /// Loads (compiling if need be) the kernels for these shapes and the plan, ahead of capture or
   /// timing.

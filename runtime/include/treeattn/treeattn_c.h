@@ -72,9 +72,10 @@ typedef struct treeattn_shape {
   int32_t head_dim;
   int32_t head_dim_v; /* 0: as head_dim */
   int32_t softcap;    /* 0 or 1 */
+  int32_t backward;   /* 0 or 1: the plan and prepare also serve backward */
 } treeattn_shape;
 #define TREEATTN_SHAPE_INIT \
-  { sizeof(treeattn_shape), TREEATTN_BF16, 0, 0, 0, 0, 0 }
+  { sizeof(treeattn_shape), TREEATTN_BF16, 0, 0, 0, 0, 0, 0 }
 
 typedef struct treeattn_plan_inputs {
   uint32_t struct_size;
@@ -113,6 +114,26 @@ typedef struct treeattn_forward_args {
   size_t workspace_bytes;
   const char* spec; /* NULL: the default kernel */
 } treeattn_forward_args;
+
+typedef struct treeattn_backward_args {
+  uint32_t struct_size;
+  int32_t dtype;
+  int32_t heads;
+  int32_t heads_kv;
+  int32_t head_dim;
+  int32_t head_dim_v; /* 0: as head_dim */
+  treeattn_tensor q, k, v, out, dout, dq, dk, dv;
+  const float* lse;  /* [heads, total_q], as forward wrote it */
+  const float* dlse; /* [heads, total_q]; NULL: zero */
+  double softmax_scale;
+  double softcap;        /* 0: off */
+  int32_t deterministic; /* 0 or 1 */
+  const treeattn_plan* plan;
+  const int32_t* plan_buffer;
+  void* workspace;
+  size_t workspace_bytes;
+  const char* spec; /* NULL: the default kernel */
+} treeattn_backward_args;
 
 typedef struct treeattn_plan_report {
   uint32_t struct_size;
@@ -157,6 +178,13 @@ treeattn_status treeattn_forward_workspace_bytes(const treeattn_engine* engine,
                                                  const treeattn_shape* shape, size_t* bytes);
 treeattn_status treeattn_forward(treeattn_engine* engine, const treeattn_forward_args* args,
                                  void* stream);
+
+treeattn_status treeattn_backward_workspace_bytes(const treeattn_engine* engine,
+                                                  const treeattn_plan* plan,
+                                                  const treeattn_shape* shape,
+                                                  int32_t deterministic, size_t* bytes);
+treeattn_status treeattn_backward(treeattn_engine* engine, const treeattn_backward_args* args,
+                                  void* stream);
 
 /* Loads, compiling if need be, the kernels for these shapes and the plan. */
 treeattn_status treeattn_prepare(treeattn_engine* engine, const treeattn_shape* shapes,

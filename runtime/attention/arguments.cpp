@@ -1,0 +1,180 @@
+#include "runtime/attention/arguments.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <climits>
+#include <cmath>
+#include <cstdint>
+
+#include "treeattn/error.h"
+
+namespace treeattn {
+namespace {
+
+constexpr std::uintptr_t kAlignBytes = 16;
+
+void check_heads(const Shape& shape) {
+  if (shape.heads <= 0) refuse("heads", fmt::format("{}", shape.heads), "at least 1");
+  if (shape.heads_kv <= 0) refuse("heads_kv", fmt::format("{}", shape.heads_kv), "at least 1");
+  if (shape.heads % shape.heads_kv != 0) {
+    refuse("heads", fmt::format("{}", shape.heads),
+           fmt::format("a multiple of heads_kv = {}", shape.heads_kv));
+  }
+}
+
+}  // namespace
+
+[[noreturn]] void refuse(std::string_view what, std::string_view value, std::string_view expected,
+                         std::string hint) {
+  throw Error(ErrorCode::kInvalidArgument,
+              fmt::format("{} is {}, expected {}", what, value, expected), std::move(hint));
+}
+
+int element_bytes(DType dtype) {
+  switch (dtype) {
+    case DType::kF16:
+    case DType::kBF16:
+      return 2;
+    case DType::kF32:
+      return 4;
+    case DType::kF64:
+      return 8;
+  }
+  refuse("dtype", fmt::format("{}", static_cast<int>(dtype)),
+         "0 (f16), 1 (bf16), 2 (f32) or 3 (f64)");
+}
+
+void check_shape(const Shape& shape, bool cuda) {
+  check_heads(shape);
+  element_bytes(shape.dtype);
+  const int dim_v = value_head_dim(shape.head_dim, shape.head_dim_v);
+  if (!cuda) {
+    if (shape.head_dim <= 0) refuse("head_dim", fmt::format("{}", shape.head_dim), "at least 1");
+    if (dim_v <= 0) refuse("head_dim_v", fmt::format("{}", dim_v), "at least 1");
+    return;
+  }
+  if (shape.dtype != DType::kF16 && shape.dtype != DType::kBF16) {
+    refuse("dtype", shape.dtype == DType::kF32 ? "f32" : "f64", "f16 or bf16 on a GPU",
+           "the CPU executor (EngineKind::kCpu) takes f32 and f64 too");
+  }
+  const auto check_dim = [](std::string_view name, int dim) {
+    if (dim >= kHeadDimMin && dim <= kHeadDimMax && dim % kHeadDimStep == 0) return;
+    refuse(name, fmt::format("{}", dim),
+           fmt::format("a multiple of {} from {} to {}", kHeadDimStep, kHeadDimMin, kHeadDimMax));
+  };
+  check_dim("head_dim", shape.head_dim);
+  check_dim("head_dim_v", dim_v);
+}
+
+void check_plan_inputs(const PlanShape& shape, const PlanInputs& inputs) {
+  const auto require = [](bool needed, const void* pointer, std::string_view name,
+                          std::string_view size) {
+    if (needed && pointer == nullptr) {
+      refuse(name, "null", fmt::format("a pointer to {} int32", size));
+    }
+  };
+  require(shape.batch > 0, inputs.cu_seqlens_q, "cu_seqlens_q", "batch + 1");
+  require(shape.batch > 0, inputs.cu_seqlens_k, "cu_seqlens_k", "batch + 1");
+  switch (inputs.lowering) {
+    case Lowering::kTree:
+      require(shape.total_q > 0, inputs.tree_dfs_order_start_q, "tree_dfs_order_start_q",
+              "total_q");
+      require(shape.total_k > 0, inputs.tree_dfs_order_end_k, "tree_dfs_order_end_k", "total_k");
+      return;
+    case Lowering::kIntervals:
+      require(shape.total_k > 0, inputs.first, "first", "total_k");
+      require(shape.total_k > 0, inputs.len, "len", "total_k");
+      return;
+    case Lowering::kCausal:
+    case Lowering::kFull:
+      return;
+  }
+  refuse("lowering", fmt::format("{}", static_cast<int>(inputs.lowering)),
+         "0 (tree), 1 (causal), 2 (full) or 3 (intervals)");
+}
+
+void check_scale(double softmax_scale, double softcap) {
+  if (!(softmax_scale > 0) || !std::isfinite(softmax_scale)) {
+    refuse("softmax_scale", fmt::format("{}", softmax_scale), "a positive finite number",
+           "1 / sqrt(head_dim) is usual");
+  }
+  if (!(softcap >= 0) || !std::isfinite(softcap)) {
+    refuse("softcap", fmt::format("{}", softcap), "0 (off) or a positive finite number");
+  }
+}
+
+PlanShape check_plan(const Plan* plan, const std::int32_t* plan_buffer) {
+  if (plan == nullptr) refuse("plan", "null", "the header that plan_for() returned");
+  if (plan_buffer == nullptr) refuse("plan_buffer", "null", "the buffer that build_plan() filled");
+  return to_plan_shape(*plan);
+}
+
+void check_tensor(std::string_view name, const ConstTensor& t, std::int64_t tokens, int heads,
+                  DType dtype, bool cuda) {
+  if (tokens == 0) return;
+  if (t.data == nullptr) refuse(fmt::format("{}.data", name), "null", "a pointer to its elements");
+  if (!cuda) return;
+  if (reinterpret_cast<std::uintptr_t>(t.data) % kAlignBytes != 0) {
+    refuse(fmt::format("{}.data", name), fmt::format("{}", t.data),
+           "a pointer aligned to 16 bytes");
+  }
+  const int bytes = element_bytes(dtype);
+  const auto check_stride = [&](std::string_view which, std::int64_t stride) {
+    if (stride * bytes % static_cast<std::int64_t>(kAlignBytes) == 0) return;
+    refuse(
+        fmt::format("{}.{}", name, which), fmt::format("{} elements", stride),
+        fmt::format("a multiple of {} elements (16 bytes)", static_cast<int>(kAlignBytes) / bytes));
+  };
+  if (tokens > 1) check_stride("token_stride", t.token_stride);
+  if (heads > 1) check_stride("head_stride", t.head_stride);
+}
+
+void check_output(std::string_view name, const Tensor& t, std::int64_t tokens, int heads,
+                  DType dtype, bool cuda) {
+  check_tensor(name, {t.data, t.token_stride, t.head_stride}, tokens, heads, dtype, cuda);
+  if (tokens > 1 && t.token_stride == 0) {
+    refuse(fmt::format("{}.token_stride", name), "0", "distinct rows");
+  }
+  if (tokens > 0 && heads > 1 && t.head_stride == 0) {
+    refuse(fmt::format("{}.head_stride", name), "0", "distinct heads");
+  }
+}
+
+Problem problem_for(Pass pass, const Shape& shape, Target target) {
+  Problem problem;
+  problem.pass = pass;
+  problem.family = Family::kSm80;
+  problem.target = target;
+  problem.dtype = shape.dtype == DType::kF16 ? KernelDType::kF16 : KernelDType::kBF16;
+  problem.head_dim = static_cast<std::uint16_t>(shape.head_dim);
+  problem.head_dim_v = static_cast<std::uint16_t>(value_head_dim(shape.head_dim, shape.head_dim_v));
+  problem.softcap = shape.softcap;
+  return problem;
+}
+
+int require_view(const PlanShape& plan, const KernelSpec& spec) {
+  const int view = find_view(plan, spec.tile.block_m, spec.tile.block_n);
+  if (view >= 0) return view;
+  throw Error(ErrorCode::kInvalidArgument,
+              fmt::format("the plan holds no tile lists for {}x{} tiles, which kernel {} needs",
+                          spec.tile.block_m, spec.tile.block_n, to_string(spec)),
+              "make the plan with plan_for() and pass it this shape");
+}
+
+unsigned check_blocks(std::int64_t blocks, const KernelSpec& spec) {
+  if (blocks <= INT_MAX) return static_cast<unsigned>(blocks);
+  throw Error(ErrorCode::kUnsupported,
+              fmt::format("kernel {} would need {} thread blocks, at most {} can be launched",
+                          to_string(spec), blocks, INT_MAX),
+              "split the batch");
+}
+
+int kv_heads_in_group(int heads_kv, std::int64_t kv_bytes_per_head, std::int64_t l2_bytes) {
+  const std::int64_t fitting = std::clamp<std::int64_t>(
+      l2_bytes / 2 / std::max<std::int64_t>(kv_bytes_per_head, 1), 1, heads_kv);
+  const std::int64_t groups = (heads_kv + fitting - 1) / fitting;
+  return static_cast<int>((heads_kv + groups - 1) / groups);
+}
+
+}  // namespace treeattn

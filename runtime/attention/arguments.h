@@ -1,0 +1,56 @@
+// What forward and backward ask of their arguments alike. Everything throws
+// Error(kInvalidArgument / kUnsupported) naming the argument, its value and what was expected, and
+// allocates nothing unless it throws.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+
+#include "generator/kernel_spec.h"
+#include "runtime/attention/plan.h"
+#include "treeattn/treeattn.h"
+
+namespace treeattn {
+
+inline constexpr double kLog2E = 1.4426950408889634;
+
+/// head_dim_v with its default applied.
+inline int value_head_dim(int head_dim, int head_dim_v) {
+  return head_dim_v == 0 ? head_dim : head_dim_v;
+}
+
+[[noreturn]] void refuse(std::string_view what, std::string_view value, std::string_view expected,
+                         std::string hint = {});
+
+int element_bytes(DType dtype);
+/// `cuda` adds what the kernels ask for: f16 or bf16, head dims they exist for.
+void check_shape(const Shape& shape, bool cuda);
+/// Checks that every pointer the lowering needs is there.
+void check_plan_inputs(const PlanShape& shape, const PlanInputs& inputs);
+void check_scale(double softmax_scale, double softcap);
+PlanShape check_plan(const Plan* plan, const std::int32_t* plan_buffer);
+/// A [tokens, heads, dim] tensor: there if it is not empty; with `cuda`, aligned to 16 bytes.
+void check_tensor(std::string_view name, const ConstTensor& tensor, std::int64_t tokens, int heads,
+                  DType dtype, bool cuda);
+/// The same, and rows and heads that do not alias: several blocks would write them at once.
+void check_output(std::string_view name, const Tensor& tensor, std::int64_t tokens, int heads,
+                  DType dtype, bool cuda);
+
+/// The problem that a shape poses to the kernels of a target.
+Problem problem_for(Pass pass, const Shape& shape, Target target);
+
+/// One kernel's blocks; x == 0: it is not launched.
+struct Grid {
+  unsigned x = 0, y = 1, z = 1;
+};
+
+/// Throws if the plan holds no tile lists for the spec's tile.
+int require_view(const PlanShape& plan, const KernelSpec& spec);
+/// Throws kUnsupported if a grid of this many blocks cannot be launched.
+unsigned check_blocks(std::int64_t blocks, const KernelSpec& spec);
+/// kv heads that are walked together: as many as have their K and V in half the L2, in groups of
+/// about equal size.
+int kv_heads_in_group(int heads_kv, std::int64_t kv_bytes_per_head, std::int64_t l2_bytes);
+
+}  // namespace treeattn

@@ -1,0 +1,204 @@
+#include "runtime/attention/backward.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "treeattn/error.h"
+
+namespace treeattn {
+namespace {
+
+constexpr std::int64_t kAlignFloats = 4;
+/// Shares follow from the sizes alone, whatever tile a caller names, so that the workspace does.
+constexpr int kUsualBlockN = 128;
+
+/// Sections of the workspace, in floats from its start; each is 16-byte aligned.
+struct WorkspaceOffsets {
+  std::int64_t lse_log2, delta, dq, dk, dv, total;
+};
+
+WorkspaceOffsets workspace_offsets(const PlanShape& plan, const Shape& shape, int head_shares,
+                                   bool deterministic) {
+  const auto padded = [](int dim) { return (dim + 15) / 16 * 16; };
+  std::int64_t at = 0;
+  const auto take = [&at](std::int64_t floats) {
+    const std::int64_t begin = at;
+    at += (floats + kAlignFloats - 1) / kAlignFloats * kAlignFloats;
+    return begin;
+  };
+  const std::int64_t rows = std::int64_t{shape.heads} * plan.total_q;
+  const std::int64_t keys =
+      head_shares > 1 ? std::int64_t{head_shares} * plan.total_k * shape.heads_kv : 0;
+  WorkspaceOffsets o{};
+  o.lse_log2 = take(rows);
+  o.delta = take(rows);
+  o.dq = take(deterministic ? 0 : rows * padded(shape.head_dim));
+  o.dk = take(keys * padded(shape.head_dim));
+  o.dv = take(keys * padded(value_head_dim(shape.head_dim, shape.head_dim_v)));
+  o.total = at;
+  return o;
+}
+
+unsigned blocks_of(std::int64_t items, int per_block) {
+  return static_cast<unsigned>((items + per_block - 1) / per_block);
+}
+
+int ceil_pow2(int n) {
+  int p = 1;
+  while (p < n) p *= 2;
+  return p;
+}
+
+void check_workspace(const BackwardArgs& args, std::size_t needed) {
+  if (needed == 0) return;
+  if (args.workspace == nullptr) {
+    refuse("workspace", "null", fmt::format("backward_workspace_bytes() = {} bytes", needed));
+  }
+  if (reinterpret_cast<std::uintptr_t>(args.workspace) % 16 != 0) {
+    refuse("workspace", fmt::format("{}", args.workspace), "a pointer aligned to 16 bytes");
+  }
+  if (args.workspace_bytes < needed) {
+    refuse("workspace_bytes", fmt::format("{}", args.workspace_bytes),
+           fmt::format("at least backward_workspace_bytes() = {}", needed));
+  }
+}
+
+}  // namespace
+
+Shape shape_of(const BackwardArgs& args) {
+  return Shape{args.dtype,
+               args.heads,
+               args.heads_kv,
+               args.head_dim,
+               value_head_dim(args.head_dim, args.head_dim_v),
+               args.softcap > 0,
+               true};
+}
+
+PlanShape check_backward(const BackwardArgs& args, bool cuda) {
+  check_shape(shape_of(args), cuda);
+  check_scale(args.softmax_scale, args.softcap);
+  const PlanShape plan = check_plan(args.plan, args.plan_buffer);
+  check_tensor("q", args.q, plan.total_q, args.heads, args.dtype, cuda);
+  check_tensor("k", args.k, plan.total_k, args.heads_kv, args.dtype, cuda);
+  check_tensor("v", args.v, plan.total_k, args.heads_kv, args.dtype, cuda);
+  check_tensor("out", args.out, plan.total_q, args.heads, args.dtype, cuda);
+  check_tensor("dout", args.dout, plan.total_q, args.heads, args.dtype, cuda);
+  if (plan.total_q > 0 && args.lse == nullptr) {
+    refuse("lse", "null", "the [heads, total_q] f32 that forward wrote");
+  }
+  check_output("dq", args.dq, plan.total_q, args.heads, args.dtype, cuda);
+  check_output("dk", args.dk, plan.total_k, args.heads_kv, args.dtype, cuda);
+  check_output("dv", args.dv, plan.total_k, args.heads_kv, args.dtype, cuda);
+  return plan;
+}
+
+int backward_head_shares(const PlanShape& plan, const Shape& shape, int sm_count,
+                         bool deterministic) {
+  // Another order of summands with other totals would be another gradient.
+  if (deterministic) return 1;
+  const int heads_per_kv = shape.heads / shape.heads_kv;
+  const std::int64_t blocks =
+      std::max<std::int64_t>(1, std::int64_t{plan.total_k} / kUsualBlockN * shape.heads_kv);
+  return static_cast<int>(
+      std::clamp<std::int64_t>((2 * sm_count + blocks - 1) / blocks, 1, heads_per_kv));
+}
+
+std::size_t backward_workspace_bytes(const PlanShape& plan, const Shape& shape, int head_shares,
+                                     bool deterministic) {
+  const WorkspaceOffsets at = workspace_offsets(plan, shape, head_shares, deterministic);
+  return static_cast<std::size_t>(at.total) * sizeof(float);
+}
+
+BackwardLaunch make_backward_launch(const BackwardArgs& args, const PlanShape& plan,
+                                    const KernelSpec& spec, int sm_count, std::int64_t l2_bytes) {
+  BackwardLaunch launch;
+  const Shape shape = shape_of(args);
+  const int view = require_view(plan, spec);
+  const PlanOffsets at = plan_offsets(plan);
+  BackwardParams& p = launch.params;
+  p.head_shares = backward_head_shares(plan, shape, sm_count, args.deterministic);
+  const WorkspaceOffsets work = workspace_offsets(plan, shape, p.head_shares, args.deterministic);
+  check_workspace(args, static_cast<std::size_t>(work.total) * sizeof(float));
+  auto* workspace = static_cast<float*>(args.workspace);
+  p.q = args.q.data;
+  p.k = args.k.data;
+  p.v = args.v.data;
+  p.out = args.out.data;
+  p.dout = args.dout.data;
+  p.lse = args.lse;
+  p.dlse = args.dlse;
+  p.dq = args.dq.data;
+  p.dk = args.dk.data;
+  p.dv = args.dv.data;
+  p.plan = args.plan_buffer;
+  p.lse_log2 = workspace + work.lse_log2;
+  p.delta = workspace + work.delta;
+  p.dq_accumulator = args.deterministic ? nullptr : workspace + work.dq;
+  p.dk_shares = workspace + work.dk;
+  p.dv_shares = workspace + work.dv;
+  p.q_token_stride = args.q.token_stride;
+  p.q_head_stride = args.q.head_stride;
+  p.k_token_stride = args.k.token_stride;
+  p.k_head_stride = args.k.head_stride;
+  p.v_token_stride = args.v.token_stride;
+  p.v_head_stride = args.v.head_stride;
+  p.out_token_stride = args.out.token_stride;
+  p.out_head_stride = args.out.head_stride;
+  p.dout_token_stride = args.dout.token_stride;
+  p.dout_head_stride = args.dout.head_stride;
+  p.dq_token_stride = args.dq.token_stride;
+  p.dq_head_stride = args.dq.head_stride;
+  p.dk_token_stride = args.dk.token_stride;
+  p.dk_head_stride = args.dk.head_stride;
+  p.dv_token_stride = args.dv.token_stride;
+  p.dv_head_stride = args.dv.head_stride;
+  p.key_tiles = at.views[view].key_tiles;
+  p.key_order = at.views[view].key_order;
+  p.first = at.first;
+  p.len = at.len;
+  p.cu_q = at.cu_q;
+  p.seq_fault = at.seq_fault;
+  p.key_tile_count = kMetaKeyTiles + view;
+  p.max_key_tiles = tile_slots(plan.total_k, plan.batch, spec.tile.block_n);
+  p.batch = plan.batch;
+  p.total_q = plan.total_q;
+  p.total_k = plan.total_k;
+  p.heads = args.heads;
+  p.heads_kv = args.heads_kv;
+  p.heads_per_kv = args.heads / args.heads_kv;
+  const int dim_v = value_head_dim(args.head_dim, args.head_dim_v);
+  // A block reads q and dout of its heads again and again; its k and v it reads once.
+  const std::int64_t row_bytes = std::int64_t{2} * (args.head_dim + dim_v) +
+                                 std::int64_t{args.deterministic ? 0 : 4} * args.head_dim;
+  p.kv_heads_in_group =
+      kv_heads_in_group(args.heads_kv, row_bytes * plan.total_q * p.heads_per_kv, l2_bytes);
+  const bool capped = args.softcap > 0;
+  p.softmax_scale = static_cast<float>(args.softmax_scale);
+  p.scale_log2 = static_cast<float>((capped ? args.softcap : args.softmax_scale) * kLog2E);
+  p.softcap_in = capped ? static_cast<float>(args.softmax_scale / args.softcap) : 0.0F;
+
+  const auto heads = static_cast<unsigned>(args.heads);
+  if (plan.total_q > 0) {
+    launch.prepare = {blocks_of(plan.total_q, kElementwiseThreads / ceil_pow2(dim_v / 8)), heads};
+    if (!args.deterministic) {
+      launch.dq = {
+          blocks_of(std::int64_t{plan.total_q} * ((args.head_dim + 15) / 16), kElementwiseThreads),
+          heads};
+    }
+  }
+  if (plan.total_k > 0) {
+    launch.main.x =
+        check_blocks(std::int64_t{p.max_key_tiles} * args.heads_kv * p.head_shares, spec);
+    if (p.head_shares > 1) {
+      const int pairs = (std::max(args.head_dim, dim_v) + 15) / 16;
+      launch.dk_dv = {blocks_of(std::int64_t{plan.total_k} * pairs, kElementwiseThreads),
+                      static_cast<unsigned>(args.heads_kv), 2};
+    }
+  }
+  return launch;
+}
+
+}  // namespace treeattn

@@ -1,0 +1,32 @@
+// From checked arguments to the parameters and grids of the backward kernels: pure, so that it is
+// tested without a GPU. Throws as arguments.h says; nothing here allocates unless it throws.
+#pragma once
+
+#include "generator/kernel_spec.h"
+#include "runtime/attention/arguments.h"
+#include "runtime/attention/plan.h"
+#include "templates/shared/params.h"
+#include "treeattn/treeattn.h"
+
+namespace treeattn {
+
+Shape shape_of(const BackwardArgs& args);
+/// Checks everything that needs no device, as check_forward() does.
+PlanShape check_backward(const BackwardArgs& args, bool cuda);
+
+/// Blocks that share the query heads of one kv head, each with dk and dv of its own: more than one
+/// only where key tiles times kv heads are too few for the chip.
+int backward_head_shares(const PlanShape& plan, const Shape& shape, int sm_count,
+                         bool deterministic);
+std::size_t backward_workspace_bytes(const PlanShape& plan, const Shape& shape, int head_shares,
+                                     bool deterministic);
+
+/// The backward launches as plain data, in launch order.
+struct BackwardLaunch {
+  BackwardParams params{};
+  Grid prepare, main, dq, dk_dv;
+};
+BackwardLaunch make_backward_launch(const BackwardArgs& args, const PlanShape& plan,
+                                    const KernelSpec& spec, int sm_count, std::int64_t l2_bytes);
+
+}  // namespace treeattn
