@@ -144,7 +144,7 @@ struct Engine::Impl {
   void backward(const BackwardArgs& args, const PlanShape& plan, Stream stream) {
     const KernelSpec spec = kernel_spec(Pass::kBackward, shape_of(args), args.spec);
     const BackwardLaunch work =
-        make_backward_launch(args, plan, spec, device.sm_count, device.l2_bytes);
+        make_backward_launch(args, plan, spec, device.sm_count);
     const ContextScope scope(context);
     const LoadedKernel& kernel = kernels->get(spec, to_stream(stream));
     const std::array grids{work.prepare, work.main, work.dq, work.dk_dv};

@@ -113,7 +113,7 @@ std::size_t backward_workspace_bytes(const PlanShape& plan, const Shape& shape, 
 }
 
 BackwardLaunch make_backward_launch(const BackwardArgs& args, const PlanShape& plan,
-                                    const KernelSpec& spec, int sm_count, std::int64_t l2_bytes) {
+                                    const KernelSpec& spec, int sm_count) {
   BackwardLaunch launch;
   const Shape shape = shape_of(args);
   const int view = require_view(plan, spec);
@@ -170,11 +170,6 @@ BackwardLaunch make_backward_launch(const BackwardArgs& args, const PlanShape& p
   p.heads_kv = args.heads_kv;
   p.heads_per_kv = args.heads / args.heads_kv;
   const int dim_v = value_head_dim(args.head_dim, args.head_dim_v);
-  // A block reads q and dout of its heads again and again; its k and v it reads once.
-  const std::int64_t row_bytes = std::int64_t{2} * (args.head_dim + dim_v) +
-                                 std::int64_t{args.deterministic ? 0 : 4} * args.head_dim;
-  p.kv_heads_in_group =
-      kv_heads_in_group(args.heads_kv, row_bytes * plan.total_q * p.heads_per_kv, l2_bytes);
   const bool capped = args.softcap > 0;
   p.softmax_scale = static_cast<float>(args.softmax_scale);
   p.scale_log2 = static_cast<float>((capped ? args.softcap : args.softmax_scale) * kLog2E);

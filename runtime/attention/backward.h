@@ -27,6 +27,6 @@ struct BackwardLaunch {
   Grid prepare, main, dq, dk_dv;
 };
 BackwardLaunch make_backward_launch(const BackwardArgs& args, const PlanShape& plan,
-                                    const KernelSpec& spec, int sm_count, std::int64_t l2_bytes);
+                                    const KernelSpec& spec, int sm_count);
 
 }  // namespace treeattn

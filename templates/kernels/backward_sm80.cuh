@@ -5,7 +5,7 @@
 // query
 //           heads. K and V stay in shared memory, dK and dV in registers; the block walks the query
 //           rows that its keys' intervals span, [min_first, max_last], for each query head in turn.
-//           Blocks are ordered heavy tiles first inside groups of kv heads.
+//           Blocks are ordered heavy tiles first.
 // Steps     S = Q K^T; P = exp2(S - lse) with the interval test in partial steps only; dP = dO V^T;
 //           dS = P (dP - delta); P and dS go through shared memory (they change from accumulators
 //           to A operands); dV += P^T dO; dK += dS^T Q; dQ = dS K is added to a float32 accumulator
@@ -13,6 +13,9 @@
 // Pipeline  stages = 2: Q, dO, lse and delta of step i+1 are in flight during step i;
 //             wait(i) barrier load(i+1) S P dP -> P, dS | barrier | dV dK dQ
 //           stages = 1: loads follow the last use, after one more barrier.
+// Masks     pairs of warps own groups of keys and know their bounds: a step's rows that see nothing
+// of a
+//           group cost its warps nothing; groups that all rows see skip the interval test.
 // Warps     2 x warps/2 over S and dP (rows x keys) and over dQ (rows x dims); warps/2 x 2 over dK
 // and
 //           dV (keys x dims).
@@ -35,7 +38,8 @@ inline constexpr int kN = kConfig.block_n;
 inline constexpr int kThreads = kConfig.threads();
 inline constexpr int kStages = kConfig.stages;
 inline constexpr int kSide =
-    kConfig.warps / 2;  ///< warps along the longer side of the grid of warps
+    kConfig.warps / 2;                         ///< warps along the longer side of the grid of warps
+inline constexpr int kGroupKeys = kN / kSide;  ///< keys of a pair of warps
 inline constexpr int kDim = kConfig.padded_dim();
 inline constexpr int kDimV = kConfig.padded_dim_v();
 
@@ -72,11 +76,11 @@ __device__ __forceinline__ u32 half_b(u32 lane) {
 }
 
 template <int kTiles, int kPairs>
-__device__ __forceinline__ void clear(float (&c)[kTiles][kPairs * 2][4]) {
+__device__ __forceinline__ void clear(float (&c)[kTiles][kPairs * 2][4], float to = 0.0f) {
 #pragma unroll
   for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
-    for (int n = 0; n < kPairs * 2; ++n) c[m][n][0] = c[m][n][1] = c[m][n][2] = c[m][n][3] = 0.0f;
+    for (int n = 0; n < kPairs * 2; ++n) c[m][n][0] = c[m][n][1] = c[m][n][2] = c[m][n][3] = to;
   }
 }
 
@@ -108,14 +112,21 @@ __device__ __forceinline__ void multiply_step(float (&c)[kTiles][kPairs * 2][4],
 struct Place {
   u32 smem, lane, warp;
 
-  __device__ __forceinline__ explicit Place(u32 base)
-      : smem(base), lane(threadIdx.x % 32), warp(threadIdx.x / 32) {}
+  /// Made anew where it is used: addresses that follow from it would otherwise be hoisted out of
+  /// the main loop, into registers that the accumulators need.
+  __device__ __forceinline__ explicit Place(u32 base) : smem(base) {
+    const u32 thread = thread_index_here();
+    lane = thread % 32;
+    warp = thread / 32;
+  }
   __device__ __forceinline__ u32 score_row() const { return warp % 2 * (kM / 2); }
   __device__ __forceinline__ u32 score_key() const { return warp / 2 * (kN / kSide); }
   __device__ __forceinline__ u32 grad_key() const { return warp / 2 * (kN / kSide); }
   __device__ __forceinline__ u32 grad_half() const { return warp % 2; }
   __device__ __forceinline__ u32 dq_row() const { return warp % 2 * (kM / 2); }
   __device__ __forceinline__ u32 dq_part() const { return warp / 2; }
+  /// Keys of a pair of warps: what one pair does not see, it does not compute.
+  __device__ __forceinline__ u32 group() const { return warp / 2; }
 };
 
 /// c = X Y^T for this warp's rows and keys; X has row tiles of the step, Y the block's keys.
@@ -188,8 +199,9 @@ __device__ __forceinline__ void add_rows(const float (&c)[kTiles][kPairs * 2][4]
   }
 }
 
-/// The warp's part of dQ = dS K, added to the accumulator; `rows` of the step exist.
-__device__ __forceinline__ void add_dq(const Place& at, float* dq, int rows) {
+/// The warp's part of dQ = dS K over the groups of keys that are `seen` (a bit each), added to the
+/// accumulator; `rows` of the step exist.
+__device__ __forceinline__ void add_dq(const Place& at, float* dq, int rows, u32 seen) {
   float c[kDqRows][kDqPairs * 2][4];
   clear<kDqRows, kDqPairs>(c);
   const int pair0 = static_cast<int>(at.dq_part()) * kDqPairs;
@@ -198,6 +210,7 @@ __device__ __forceinline__ void add_dq(const Place& at, float* dq, int rows) {
                                           at.dq_row() + row_a(at.lane), half_a(at.lane));
 #pragma unroll
   for (int step = 0; step < kN / 16; ++step) {
+    if ((seen >> (step * 16 / kGroupKeys) & 1) == 0) continue;
     multiply_step<kDqRows, kDqPairs>(
         c, pairs,
         [&](u32(&a)[4], int m) {
@@ -275,34 +288,42 @@ __device__ __forceinline__ void store_scores(const float (&s)[kScoreRows][kScore
   }
 }
 
-/// What a block works on.
+/// What a block works on. It lies in shared memory and is read again where it is needed.
 struct Work {
-  KeyTile bounds;
   int key0, keys;
   int kv_head, share;
+  int row0, row_last;   ///< rows that may see the keys: none if row_last is -1
   int head0, head_end;  ///< query heads of this block
-  bool invalid;
+
+  __device__ __forceinline__ void store(u32 smem) const {
+    st_shared_int4(smem + kConfig.work_offset(), Int4{key0, keys, kv_head, share});
+    st_shared_int4(smem + kConfig.work_offset() + 16, Int4{row0, row_last, head0, head_end});
+  }
+  __device__ __forceinline__ static Work load(u32 smem) {
+    const Int4 a = ld_shared_int4(smem + kConfig.work_offset());
+    const Int4 b = ld_shared_int4(smem + kConfig.work_offset() + 16);
+    return Work{a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+  }
 };
 
-__device__ __forceinline__ bool assign(const BackwardParams& p, Work& work) {
-  const int per_group = p.max_key_tiles * p.kv_heads_in_group * p.head_shares;
-  const int group = blockIdx.x / per_group;
-  const int rest = blockIdx.x - group * per_group;
-  const int kv_heads = min(p.kv_heads_in_group, p.heads_kv - group * p.kv_heads_in_group);
-  const int units = kv_heads * p.head_shares;
-  const int index = rest / units;
-  const int unit = rest - index * units;
+/// False if there is nothing for this block; `invalid` if the keys' sequence is.
+__device__ __forceinline__ bool assign(const BackwardParams& p, Work& work, bool& invalid) {
+  // Heavy tiles of all heads first: a heavy one that starts late would be waited for.
+  const int units = p.heads_kv * p.head_shares;
+  const int index = static_cast<int>(blockIdx.x) / units;
+  const int unit = static_cast<int>(blockIdx.x) - index * units;
   if (index >= p.plan[p.key_tile_count]) return false;
   const Int4 order = ld_plan_int4(p.plan + p.key_order + 4LL * index);
-  const Int4 b = ld_plan_int4(p.plan + p.key_tiles + static_cast<i64>(order.x) * kKeyTileInts);
-  work.bounds = KeyTile{b.x, b.y, b.z, b.w};
+  const Int4 bounds = ld_plan_int4(p.plan + p.key_tiles + static_cast<i64>(order.x) * kKeyTileInts);
+  invalid = order.w < p.batch && p.plan[p.seq_fault + order.w] != 0;
   work.key0 = order.y;
   work.keys = order.z;
-  work.kv_head = group * p.kv_heads_in_group + unit / p.head_shares;
+  work.kv_head = unit / p.head_shares;
   work.share = unit % p.head_shares;
+  work.row0 = bounds.x;
+  work.row_last = invalid ? -1 : bounds.y;
   work.head0 = work.kv_head * p.heads_per_kv + work.share * p.heads_per_kv / p.head_shares;
   work.head_end = work.kv_head * p.heads_per_kv + (work.share + 1) * p.heads_per_kv / p.head_shares;
-  work.invalid = order.w < p.batch && p.plan[p.seq_fault + order.w] != 0;
   return true;
 }
 
@@ -318,10 +339,15 @@ __device__ __forceinline__ void load_step(const BackwardParams& p, u32 smem, int
       p.dout_token_stride, rows);
   const u32 stats = smem + kConfig.stats_offset() + stage * kConfig.stats_stage_bytes();
   const i64 row = static_cast<i64>(head) * p.total_q + row0;
-  for (int i = threadIdx.x; i < 2 * kM;
-       i += kThreads) {  // rows that are not there: Q = dO = 0, P = 1, dS = 0
+  constexpr int kPasses = (2 * kM + kThreads - 1) / kThreads;
+#pragma unroll
+  for (int pass = 0; pass < kPasses;
+       ++pass) {  // rows that are not there: Q = dO = 0, P = 1, dS = 0
+    const int i = static_cast<int>(thread_index_here()) + pass * kThreads;
     const float* array = i < kM ? p.lse_log2 : p.delta;
-    cp_async_4(stats + i * 4, array + row + i % kM, i % kM < rows);
+    if (2 * kM % kThreads == 0 || i < 2 * kM) {
+      cp_async_4(stats + i * 4, array + row + i % kM, i % kM < rows);
+    }
   }
 }
 
@@ -365,121 +391,169 @@ __device__ __forceinline__ void store_share(const float (&c)[kKeyRows][kPairs * 
                                     share + pair0 * 16 + at.lane % 4 * 4, row_stride);
 }
 
+/// Bounds of this warp's keys, made by the first warp of each pair; a barrier must follow. They lie
+/// in one sequence, so keys past its end count as empty.
+__device__ __forceinline__ void find_group_bounds(const BackwardParams& p, const Work& work,
+                                                  const Place& at) {
+  if (at.warp % 2 != 0) return;
+  KeyTile bounds{kIntMax, -1, -1, kIntMax};
+  for (int i = static_cast<int>(at.lane); i < kGroupKeys; i += 32) {
+    const int key = static_cast<int>(at.group()) * kGroupKeys + i;
+    const int len = key < work.keys ? p.plan[p.len + work.key0 + key] : 0;
+    if (len <= 0) {
+      bounds.max_first = kIntMax;
+      continue;
+    }
+    const int first = p.plan[p.first + work.key0 + key];
+    bounds.min_first = min(bounds.min_first, first);
+    bounds.max_first = max(bounds.max_first, first);
+    bounds.min_last = min(bounds.min_last, first + len - 1);
+    bounds.max_last = max(bounds.max_last, first + len - 1);
+  }
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) {
+    bounds.min_first = min(bounds.min_first, __shfl_xor_sync(kFullWarp, bounds.min_first, step));
+    bounds.max_first = max(bounds.max_first, __shfl_xor_sync(kFullWarp, bounds.max_first, step));
+    bounds.min_last = min(bounds.min_last, __shfl_xor_sync(kFullWarp, bounds.min_last, step));
+    bounds.max_last = max(bounds.max_last, __shfl_xor_sync(kFullWarp, bounds.max_last, step));
+  }
+  if (at.lane == 0) {
+    st_shared_int4(at.smem + kConfig.groups_offset() + at.group() * 16,
+                   Int4{bounds.min_first, bounds.max_last, bounds.max_first, bounds.min_last});
+  }
+}
+
+__device__ __forceinline__ KeyTile group_bounds(u32 smem, u32 group) {
+  const Int4 b = ld_shared_int4(smem + kConfig.groups_offset() + group * 16);
+  return KeyTile{b.x, b.y, b.z, b.w};
+}
+
+/// One bit for every group of keys that any of the rows sees.
+__device__ __forceinline__ u32 seen_groups(u32 smem, int first, int last) {
+  u32 seen = 0;
+#pragma unroll
+  for (u32 g = 0; g < kSide; ++g) {
+    if (!tile_skipped(group_bounds(smem, g), first, last)) seen |= 1u << g;
+  }
+  return seen;
+}
+
 /// The walk over query heads and their row tiles.
 struct Walk {
   int head, row0;
 
-  __device__ __forceinline__ bool next(const Work& work) {
+  __device__ __forceinline__ bool next(u32 smem) {
+    const Int4 rows = ld_shared_int4(smem + kConfig.work_offset() + 16);
     row0 += kM;
-    if (row0 <= work.bounds.max_last) return true;
-    row0 = work.bounds.min_first;
-    return ++head < work.head_end;
+    if (row0 <= rows.y) return true;
+    row0 = rows.x;
+    return ++head < rows.w;
+  }
+  __device__ __forceinline__ int rows(u32 smem) const {
+    return min(kM, static_cast<int>(ld_shared_u32(smem + kConfig.work_offset() + 20)) + 1 - row0);
   }
 };
 
-__device__ __forceinline__ void run(const BackwardParams& p) {
-  extern __shared__ __align__(128) unsigned char shared_memory[];
-  Work work;
-  if (!assign(p, work)) return;
-  const Place at(smem_address(shared_memory));
-  float dk[kKeyRows][kDimPairs * 2][4];
-  float dv[kKeyRows][kDimVPairs * 2][4];
-  clear<kKeyRows, kDimPairs>(dk);
-  clear<kKeyRows, kDimVPairs>(dv);
-  if (work.invalid) {
+/// P and dS of one step, for the warp's rows and keys, into shared memory.
+__device__ __forceinline__ void score_step(const BackwardParams& p, const Place& at, u32 q,
+                                           u32 dout, u32 stats, int row0, int rows) {
+  float s[kScoreRows][kScorePairs * 2][4];
+  float cap[kScoreRows][kScorePairs * 2][4];
+  float dp[kScoreRows][kScorePairs * 2][4];
+  scores<QkRows, kDim / 16>(s, at, q, at.smem);
+  probabilities(s, cap, at, p, stats, row0,
+                tile_full(group_bounds(at.smem, at.group()), row0, row0 + rows - 1));
+  store_scores(s, at, at.smem + kConfig.p_offset());
+  scores<VRows, kDimV / 16>(dp, at, dout, at.smem + kConfig.v_offset());
 #pragma unroll
-    for (int m = 0; m < kKeyRows; ++m) {
+  for (int m = 0; m < kScoreRows; ++m) {
 #pragma unroll
-      for (int n = 0; n < kDimPairs * 2; ++n)
-        dk[m][n][0] = dk[m][n][1] = dk[m][n][2] = dk[m][n][3] = quiet_nan();
+    for (int r = 0; r < 2; ++r) {
+      const float delta = __int_as_float(static_cast<int>(
+          ld_shared_u32(stats + (kM + at.score_row() + at.lane / 4 + m * 16 + r * 8) * 4)));
 #pragma unroll
-      for (int n = 0; n < kDimVPairs * 2; ++n)
-        dv[m][n][0] = dv[m][n][1] = dv[m][n][2] = dv[m][n][3] = quiet_nan();
-    }
-  } else if (work.bounds.max_last >= 0) {
-    load_rows<kThreads, kN, kConfig.head_dim / 8, kDim / 8>(at.smem,
-                                                            static_cast<const u16*>(p.k) +
-                                                                work.kv_head * p.k_head_stride +
-                                                                work.key0 * p.k_token_stride,
-                                                            p.k_token_stride, work.keys);
-    load_rows<kThreads, kN, kConfig.head_dim_v / 8, kDimV / 8>(at.smem + kConfig.v_offset(),
-                                                               static_cast<const u16*>(p.v) +
-                                                                   work.kv_head * p.v_head_stride +
-                                                                   work.key0 * p.v_token_stride,
-                                                               p.v_token_stride, work.keys);
-    for (int i = threadIdx.x; i < 2 * kN; i += kThreads) {
-      const i64 array = i < kN ? p.first : p.len;
-      cp_async_4(at.smem + kConfig.mask_offset() + i * 4, p.plan + array + work.key0 + i % kN,
-                 i % kN < work.keys);
-    }
-    Walk walk{work.head0, work.bounds.min_first};
-    load_step(p, at.smem, walk.head, walk.row0, min(kM, work.bounds.max_last + 1 - walk.row0), 0);
-    cp_async_commit_group();
-    int stage = 0;
-    bool more = true;
-    while (more) {
-      const Walk now = walk;
-      more = walk.next(work);
-      cp_async_wait_group<0>();
-      __syncthreads();
-      if (kStages == 2 && more) {
-        load_step(p, at.smem, walk.head, walk.row0, min(kM, work.bounds.max_last + 1 - walk.row0),
-                  stage ^ 1);
-      }
-      cp_async_commit_group();
-      const int rows = min(kM, work.bounds.max_last + 1 - now.row0);
-      const u32 q = at.smem + kConfig.q_offset() + stage * kConfig.q_stage_bytes();
-      const u32 dout = at.smem + kConfig.do_offset() + stage * kConfig.do_stage_bytes();
-      const u32 stats = at.smem + kConfig.stats_offset() + stage * kConfig.stats_stage_bytes();
-      {
-        float s[kScoreRows][kScorePairs * 2][4];
-        float cap[kScoreRows][kScorePairs * 2][4];
-        float dp[kScoreRows][kScorePairs * 2][4];
-        scores<QkRows, kDim / 16>(s, at, q, at.smem);
-        probabilities(s, cap, at, p, stats, now.row0,
-                      tile_full(work.bounds, now.row0, now.row0 + rows - 1));
-        store_scores(s, at, at.smem + kConfig.p_offset());
-        scores<VRows, kDimV / 16>(dp, at, dout, at.smem + kConfig.v_offset());
+      for (int n = 0; n < kScorePairs * 2; ++n) {
 #pragma unroll
-        for (int m = 0; m < kScoreRows; ++m) {
-#pragma unroll
-          for (int r = 0; r < 2; ++r) {
-            const float delta = __int_as_float(
-                ld_shared_u32(stats + (kM + at.score_row() + at.lane / 4 + m * 16 + r * 8) * 4));
-#pragma unroll
-            for (int n = 0; n < kScorePairs * 2; ++n) {
-#pragma unroll
-              for (int e = 0; e < 2; ++e) {
-                float ds = s[m][n][r * 2 + e] * (dp[m][n][r * 2 + e] - delta);
-                if constexpr (kConfig.softcap) ds *= cap[m][n][r * 2 + e];
-                dp[m][n][r * 2 + e] = ds;
-              }
-            }
-          }
+        for (int e = 0; e < 2; ++e) {
+          float ds = s[m][n][r * 2 + e] * (dp[m][n][r * 2 + e] - delta);
+          if constexpr (kConfig.softcap) ds *= cap[m][n][r * 2 + e];
+          dp[m][n][r * 2 + e] = ds;
         }
-        store_scores(dp, at, at.smem + kConfig.ds_offset());
       }
-      __syncthreads();
-      gradient<VRows, kDimVPairs>(
-          dv, at, at.smem + kConfig.p_offset(), dout,
-          min(kDimVPairs, kDimV / 16 - static_cast<int>(at.grad_half()) * kDimVPairs));
-      gradient<QkRows, kDimPairs>(
-          dk, at, at.smem + kConfig.ds_offset(), q,
-          min(kDimPairs, kDim / 16 - static_cast<int>(at.grad_half()) * kDimPairs));
-      if (kStages == 1 && more) {
-        __syncthreads();
-        load_step(p, at.smem, walk.head, walk.row0, min(kM, work.bounds.max_last + 1 - walk.row0),
-                  0);
-        cp_async_commit_group();
-      }
-      if (p.dq_accumulator != nullptr) {
-        add_dq(at, p.dq_accumulator + (static_cast<i64>(now.head) * p.total_q + now.row0) * kDim,
-               rows);
-      }
-      if (kStages == 2) stage ^= 1;
+    }
+  }
+  store_scores(dp, at, at.smem + kConfig.ds_offset());
+}
+
+/// K, V and the intervals of the block's keys.
+__device__ __forceinline__ void load_keys(const BackwardParams& p, const Work& work, u32 smem) {
+  const u16* k =
+      static_cast<const u16*>(p.k) + work.kv_head * p.k_head_stride + work.key0 * p.k_token_stride;
+  const u16* v =
+      static_cast<const u16*>(p.v) + work.kv_head * p.v_head_stride + work.key0 * p.v_token_stride;
+  load_rows<kThreads, kN, kConfig.head_dim / 8, kDim / 8>(smem, k, p.k_token_stride, work.keys);
+  load_rows<kThreads, kN, kConfig.head_dim_v / 8, kDimV / 8>(smem + kConfig.v_offset(), v,
+                                                             p.v_token_stride, work.keys);
+  for (int i = threadIdx.x; i < 2 * kN; i += kThreads) {
+    const i64 array = i < kN ? p.first : p.len;
+    cp_async_4(smem + kConfig.mask_offset() + i * 4, p.plan + array + work.key0 + i % kN,
+               i % kN < work.keys);
+  }
+}
+
+/// The main loop over the rows of all heads.
+__device__ __forceinline__ void walk_rows(const BackwardParams& p, u32 smem, Walk walk,
+                                          float (&dk)[kKeyRows][kDimPairs * 2][4],
+                                          float (&dv)[kKeyRows][kDimVPairs * 2][4]) {
+  load_step(p, smem, walk.head, walk.row0, walk.rows(smem), 0);
+  cp_async_commit_group();
+  int stage = 0;
+  bool more = true;
+  while (more) {
+    const Walk now = walk;
+    more = walk.next(smem);
+    cp_async_wait_group<0>();
+    __syncthreads();
+    if (kStages == 2 && more) load_step(p, smem, walk.head, walk.row0, walk.rows(smem), stage ^ 1);
+    cp_async_commit_group();
+    const int rows = now.rows(smem);
+    const u32 q = smem + kConfig.q_offset() + stage * kConfig.q_stage_bytes();
+    const u32 dout = smem + kConfig.do_offset() + stage * kConfig.do_stage_bytes();
+    const u32 seen = seen_groups(smem, now.row0, now.row0 + rows - 1);
+    const bool mine = (seen >> Place(smem).group() & 1) != 0;
+    if (mine) {
+      score_step(p, Place(smem), q, dout,
+                 smem + kConfig.stats_offset() + stage * kConfig.stats_stage_bytes(), now.row0,
+                 rows);
     }
     __syncthreads();
+    if (mine) {
+      const Place at(smem);
+      const int half = static_cast<int>(at.grad_half());
+      gradient<VRows, kDimVPairs>(dv, at, smem + kConfig.p_offset(), dout,
+                                  min(kDimVPairs, kDimV / 16 - half * kDimVPairs));
+      gradient<QkRows, kDimPairs>(dk, at, smem + kConfig.ds_offset(), q,
+                                  min(kDimPairs, kDim / 16 - half * kDimPairs));
+    }
+    if (kStages == 1 && more) {
+      __syncthreads();
+      load_step(p, smem, walk.head, walk.row0, walk.rows(smem), 0);
+      cp_async_commit_group();
+    }
+    if (p.dq_accumulator != nullptr) {
+      add_dq(Place(smem),
+             p.dq_accumulator + (static_cast<i64>(now.head) * p.total_q + now.row0) * kDim, rows,
+             seen);
+    }
+    if (kStages == 2) stage ^= 1;
   }
+  __syncthreads();
+}
+
+__device__ __forceinline__ void store_tiles(const BackwardParams& p, const Place& at,
+                                            const float (&dk)[kKeyRows][kDimPairs * 2][4],
+                                            const float (&dv)[kKeyRows][kDimVPairs * 2][4]) {
+  const Work work = Work::load(at.smem);
   if (p.head_shares > 1) {
     const i64 key = static_cast<i64>(work.share) * p.total_k + work.key0;
     store_share<kDimPairs, kDim>(dk, at, p.dk_shares + (key * p.heads_kv + work.kv_head) * kDim,
@@ -496,6 +570,27 @@ __device__ __forceinline__ void run(const BackwardParams& p) {
       dv, at, at.smem + kConfig.v_offset(), 1.0f,
       static_cast<u16*>(p.dv) + work.kv_head * p.dv_head_stride + work.key0 * p.dv_token_stride,
       p.dv_token_stride, work.keys);
+}
+
+__device__ __forceinline__ void run(const BackwardParams& p) {
+  extern __shared__ __align__(128) unsigned char shared_memory[];
+  const u32 smem = smem_address(shared_memory);
+  Work work;
+  bool invalid;
+  if (!assign(p, work, invalid)) return;
+  if (threadIdx.x == 0) work.store(smem);
+  float dk[kKeyRows][kDimPairs * 2][4];
+  float dv[kKeyRows][kDimVPairs * 2][4];
+  clear<kKeyRows, kDimPairs>(dk, invalid ? quiet_nan() : 0.0f);
+  clear<kKeyRows, kDimVPairs>(dv, invalid ? quiet_nan() : 0.0f);
+  const bool seen = work.row_last >= 0;
+  if (seen) {
+    load_keys(p, work, smem);
+    find_group_bounds(p, work, Place(smem));
+  }
+  __syncthreads();  // the work and the groups' bounds are stored
+  if (seen) walk_rows(p, smem, Walk{work.head0, work.row0}, dk, dv);
+  store_tiles(p, Place(smem), dk, dv);
 }
 
 }  // namespace backward

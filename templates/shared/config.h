@@ -98,7 +98,51 @@ struct BackwardConfig {
   TREEATTN_HOST_DEVICE constexpr int mask_offset() const {
     return stats_offset() + stages * stats_stage_bytes();
   }
-  TREEATTN_HOST_DEVICE constexpr int smem_bytes() const { return mask_offset() + 2 * block_n * 4; }
+  /// A KeyTile for the keys of each pair of warps.
+  TREEATTN_HOST_DEVICE constexpr int groups_offset() const {
+    return mask_offset() + 2 * block_n * 4;
+  }
+  /// What the block works on, kept here because the main loop has no registers for it.
+  TREEATTN_HOST_DEVICE constexpr int work_offset() const {
+    return groups_offset() + warps / 2 * 16;
+  }
+  TREEATTN_HOST_DEVICE constexpr int smem_bytes() const { return work_offset() + 32; }
+};
+
+/// Everything a kernel that owns rows of dq is specialised on. Rows are padded as in
+/// BackwardConfig.
+struct BackwardDqConfig {
+  KernelDType dtype;
+  int head_dim;
+  int head_dim_v;
+  int block_m;  ///< query rows per thread block
+  int block_n;  ///< keys per tile
+  int stages;   ///< K/V tiles in shared memory (1 or 2)
+  int warps;    ///< each owns block_m / warps = 16 rows
+  bool softcap;
+
+  TREEATTN_HOST_DEVICE constexpr int threads() const { return warps * 32; }
+  TREEATTN_HOST_DEVICE constexpr int padded_dim() const { return (head_dim + 15) / 16 * 16; }
+  TREEATTN_HOST_DEVICE constexpr int padded_dim_v() const { return (head_dim_v + 15) / 16 * 16; }
+
+  // Shared memory, in bytes, in this order. Q is reused for dQ when the block ends.
+  TREEATTN_HOST_DEVICE constexpr int q_bytes() const { return block_m * padded_dim() * 2; }
+  TREEATTN_HOST_DEVICE constexpr int do_bytes() const { return block_m * padded_dim_v() * 2; }
+  TREEATTN_HOST_DEVICE constexpr int k_stage_bytes() const { return block_n * padded_dim() * 2; }
+  TREEATTN_HOST_DEVICE constexpr int v_stage_bytes() const { return block_n * padded_dim_v() * 2; }
+  /// Per stage: first[block_n], len[block_n], then the tile's KeyTile bounds, all int32.
+  TREEATTN_HOST_DEVICE constexpr int mask_stage_bytes() const { return (2 * block_n + 4) * 4; }
+  TREEATTN_HOST_DEVICE constexpr int do_offset() const { return q_bytes(); }
+  TREEATTN_HOST_DEVICE constexpr int k_offset() const { return do_offset() + do_bytes(); }
+  TREEATTN_HOST_DEVICE constexpr int v_offset() const {
+    return k_offset() + stages * k_stage_bytes();
+  }
+  TREEATTN_HOST_DEVICE constexpr int mask_offset() const {
+    return v_offset() + stages * v_stage_bytes();
+  }
+  TREEATTN_HOST_DEVICE constexpr int smem_bytes() const {
+    return mask_offset() + stages * mask_stage_bytes();
+  }
 };
 
 /// Threads per block of the kernels that only read and write rows once.

@@ -95,11 +95,10 @@ struct BackwardParams {
   int heads;
   int heads_kv;
   int heads_per_kv;
-  int kv_heads_in_group;  ///< kv heads walked together per key tile
-  int head_shares;        ///< blocks that share the query heads of a kv head
-  float softmax_scale;    ///< with softcap: of the score gradient too
-  float scale_log2;       ///< softmax_scale * log2(e); with softcap: softcap * log2(e)
-  float softcap_in;       ///< with softcap: softmax_scale / softcap
+  int head_shares;      ///< blocks that share the query heads of a kv head
+  float softmax_scale;  ///< with softcap: of the score gradient too
+  float scale_log2;     ///< softmax_scale * log2(e); with softcap: softcap * log2(e)
+  float softcap_in;     ///< with softcap: softmax_scale / softcap
 };
 
 }  // namespace treeattn
