@@ -5,8 +5,9 @@
 #include <bit>
 #include <cmath>
 #include <cstring>
-#include <limits>
 #include <numbers>
+#include <span>
+#include <utility>
 
 #include "generator/kernel_spec.h"
 #include "runtime/attention/arguments.h"

@@ -6,9 +6,12 @@
 #include <cmath>
 #include <cstdio>
 #include <functional>
+#include <iterator>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 

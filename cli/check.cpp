@@ -1,10 +1,14 @@
 // treeattn check: random and listed workloads against attention by its definition.
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <cstdio>
+#include <limits>
 #include <memory>
 #include <random>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "cli/attention_case.h"

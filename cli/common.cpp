@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cctype>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -134,10 +135,7 @@ std::string format_share(double part, double whole) {
 }
 
 std::string plural(std::int64_t count, std::string_view noun) {
-  const bool entry = noun.ends_with("ry");
-  if (count == 1) return fmt::format("1 {}", noun);
-  return entry ? fmt::format("{} {}ies", format_count(count), noun.substr(0, noun.size() - 1))
-               : fmt::format("{} {}s", format_count(count), noun);
+  return count == 1 ? fmt::format("1 {}", noun) : fmt::format("{} {}s", format_count(count), noun);
 }
 
 std::string library_version() {

@@ -44,6 +44,11 @@ std::string emit_backward_config(const KernelSpec& spec) {
                      sizeof(BackwardParams));
 }
 
+std::string emit_backward_dq_config(const KernelSpec& spec) {
+  return emit_config(backward_dq_config(spec), "BackwardDqConfig", "BackwardParams",
+                     sizeof(BackwardParams));
+}
+
 std::string emit_mma(const KernelSpec& spec) {
   // bf16 is the upper half of an f32.
   static constexpr std::string_view kUnpackBf16 = R"(/// The halves of packed numbers as f32.

@@ -13,6 +13,7 @@ std::string emit_banner(const KernelSpec& spec, const std::string& launch);
 std::string emit_forward_config(const KernelSpec& spec);
 /// The same of a backward kernel.
 std::string emit_backward_config(const KernelSpec& spec);
+std::string emit_backward_dq_config(const KernelSpec& spec);
 /// The MMA and conversion instructions of the spec's dtype.
 std::string emit_mma(const KernelSpec& spec);
 

@@ -82,6 +82,24 @@ GeneratedSource generate_backward(const KernelSpec& spec, Flattener& templates) 
   return source;
 }
 
+GeneratedSource generate_backward_dq(const KernelSpec& spec, Flattener& templates) {
+  const BackwardDqConfig config = backward_dq_config(spec);
+  const KernelEntry entry{entry_name(spec), config.threads(), config.smem_bytes()};
+  const int blocks = blocks_per_sm(spec);
+  GeneratedSource source{spec, {}, {entry}};
+  source.text = emit_banner(
+      spec, fmt::format("// One block per query tile and query head: {} threads, {} bytes of "
+                        "dynamic shared memory,\n// {} together on a multiprocessor.\n",
+                        entry.threads, entry.smem_bytes, blocks));
+  source.text += templates.flatten("shared/params.h");
+  source.text += "#line 1 \"emitted/config\"\n" + emit_backward_dq_config(spec);
+  source.text += "#line 1 \"emitted/mma\"\n" + emit_mma(spec);
+  source.text += templates.flatten("kernels/backward_dq_sm80.cuh");
+  source.text += "#line 1 \"emitted/entry\"\n";
+  source.text += emit_entry(entry, blocks, "BackwardParams", "backward_dq_sm80");
+  return source;
+}
+
 GeneratedSource generate_plan(const KernelSpec& spec, Flattener& templates) {
   struct PlanKernel {
     std::string_view function;
@@ -122,6 +140,8 @@ GeneratedSource generate(const KernelSpec& spec, const std::string& template_dir
       return generate_forward(spec, templates);
     case Pass::kBackward:
       return generate_backward(spec, templates);
+    case Pass::kBackwardDq:
+      return generate_backward_dq(spec, templates);
   }
   throw Error(ErrorCode::kInternal, "unknown pass");
 }

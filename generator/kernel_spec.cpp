@@ -15,10 +15,11 @@
 namespace treeattn {
 namespace {
 
-constexpr std::array<std::pair<Pass, std::string_view>, 3> kPasses{{
+constexpr std::array<std::pair<Pass, std::string_view>, 4> kPasses{{
     {Pass::kPlan, "plan"},
     {Pass::kForward, "fwd"},
     {Pass::kBackward, "bwd"},
+    {Pass::kBackwardDq, "bwd_dq"},
 }};
 constexpr std::array<std::pair<KernelDType, std::string_view>, 2> kDTypes{{
     {KernelDType::kF16, "f16"},
@@ -163,7 +164,7 @@ KernelSpec parse_kernel_spec(std::string_view text) {
   KernelSpec spec;
   Problem& p = spec.problem;
   const auto pass = find_name(kPasses, parts[0]);
-  if (!pass) refuse(text, parts[0], "a pass: fwd, bwd or plan");
+  if (!pass) refuse(text, parts[0], "a pass: fwd, bwd, bwd_dq or plan");
   p.pass = *pass;
   if (parts.size() < 2) refuse(text, text, "complete: the family and target are missing");
   constexpr std::string_view kFamily = "sm80@";

@@ -12,7 +12,7 @@
 
 namespace treeattn {
 
-enum class Pass : std::uint8_t { kPlan, kForward, kBackward };
+enum class Pass : std::uint8_t { kPlan, kForward, kBackward, kBackwardDq };
 
 /// Kernel families: what instructions a kernel is written with, not what it is compiled for.
 enum class Family : std::uint8_t { kSm80 };

@@ -41,6 +41,16 @@ BackwardConfig backward_config(const KernelSpec& spec) {
   return {p.dtype, p.head_dim, p.head_dim_v, t.block_m, t.block_n, t.stages, t.warps, p.softcap};
 }
 
+BackwardDqConfig backward_dq_config(const KernelSpec& spec) {
+  const Problem& p = spec.problem;
+  const TileConfig& t = spec.tile;
+  return {p.dtype, p.head_dim, p.head_dim_v, t.block_m, t.block_n, t.stages, t.warps, p.softcap};
+}
+
+int accumulator_registers(const BackwardDqConfig& config) {
+  return config.padded_dim() / 2 + config.block_n;
+}
+
 int accumulator_registers(const BackwardConfig& config) {
   const int gradients = config.block_n * (config.padded_dim() + config.padded_dim_v());
   const int scores = 2 * config.block_m * config.block_n;
@@ -49,8 +59,14 @@ int accumulator_registers(const BackwardConfig& config) {
 }
 
 int blocks_per_sm(const KernelSpec& spec) {
-  return spec.problem.pass == Pass::kBackward ? blocks_per_sm(spec, backward_config(spec))
-                                              : blocks_per_sm(spec, forward_config(spec));
+  switch (spec.problem.pass) {
+    case Pass::kBackward:
+      return blocks_per_sm(spec, backward_config(spec));
+    case Pass::kBackwardDq:
+      return blocks_per_sm(spec, backward_dq_config(spec));
+    default:
+      return blocks_per_sm(spec, forward_config(spec));
+  }
 }
 
 }  // namespace treeattn

@@ -7,11 +7,14 @@ namespace treeattn {
 
 ForwardConfig forward_config(const KernelSpec& spec);
 BackwardConfig backward_config(const KernelSpec& spec);
+BackwardDqConfig backward_dq_config(const KernelSpec& spec);
 
 /// f32 accumulator registers of a thread: O and S.
 int accumulator_registers(const ForwardConfig& config);
 /// dK, dV and the larger of S with dP, and dQ.
 int accumulator_registers(const BackwardConfig& config);
+/// dQ, S and dP.
+int accumulator_registers(const BackwardDqConfig& config);
 /// What the 255 registers of a thread leave after addresses, fragments and softmax state.
 inline constexpr int kMaxAccumulators = 208;
 

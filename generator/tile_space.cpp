@@ -69,11 +69,27 @@ std::optional<std::string> refuse_backward(const Problem& problem, const TileCon
   return refuse_size(problem, backward_config({problem, tile}));
 }
 
+std::optional<std::string> refuse_backward_dq(const Problem& problem, const TileConfig& tile) {
+  if (tile.block_m != 16 * tile.warps) {
+    return fmt::format("a warp would own {} rows, expected 16", tile.block_m / tile.warps);
+  }
+  return refuse_size(problem, backward_dq_config({problem, tile}));
+}
+
+/// dq tiles in order of preference.
+std::span<const TileConfig> backward_dq_preferences(const Problem& problem) {
+  static constexpr std::array kTo128{TileConfig{64, 64, 2, 4}, TileConfig{64, 64, 1, 4},
+                                     TileConfig{64, 32, 1, 4}};
+  static constexpr std::array kTo256{TileConfig{64, 32, 2, 4}, TileConfig{64, 32, 1, 4},
+                                     TileConfig{64, 16, 1, 4}, TileConfig{32, 16, 1, 2}};
+  if (std::max(problem.head_dim, problem.head_dim_v) <= 128) return kTo128;
+  return kTo256;
+}
+
 /// Backward tiles in order of preference: K, V, Q, dO, P and dS all lie in shared memory, so a
 /// block is alone on its multiprocessor more often than not.
 std::span<const TileConfig> backward_preferences(const Problem& problem) {
-  static constexpr std::array kTo64{TileConfig{64, 128, 2, 8}, TileConfig{64, 64, 2, 4},
-                                    TileConfig{64, 64, 1, 4}};
+  static constexpr std::array kTo64{TileConfig{128, 64, 1, 4}, TileConfig{64, 64, 1, 4}};
   static constexpr std::array kTo128{TileConfig{64, 128, 2, 8}, TileConfig{64, 64, 2, 8},
                                      TileConfig{64, 64, 1, 8}, TileConfig{32, 64, 1, 8}};
   static constexpr std::array kTo256{TileConfig{64, 64, 2, 8}, TileConfig{64, 64, 1, 8},
@@ -87,18 +103,32 @@ std::span<const TileConfig> backward_preferences(const Problem& problem) {
 /// Tiles in order of preference. The larger the head, the fewer keys or rows the registers leave
 /// room for.
 std::span<const TileConfig> forward_preferences(const Problem& problem) {
+  static constexpr std::array kTo24{TileConfig{128, 64, 2, 4}};
   static constexpr std::array kTo64{TileConfig{128, 128, 2, 4}, TileConfig{128, 64, 2, 4},
                                     TileConfig{128, 32, 2, 4}};
   static constexpr std::array kTo128{TileConfig{128, 64, 2, 4}, TileConfig{128, 32, 2, 4},
                                      TileConfig{128, 32, 1, 4}, TileConfig{64, 32, 2, 4}};
-  static constexpr std::array kTo160{TileConfig{128, 32, 2, 4}, TileConfig{64, 32, 2, 4},
+  static constexpr std::array kTo176{TileConfig{128, 32, 2, 4}, TileConfig{64, 32, 2, 4},
                                      TileConfig{64, 32, 1, 4}};
   static constexpr std::array kTo256{TileConfig{64, 64, 1, 4}, TileConfig{64, 32, 1, 4}};
-  if (std::max(problem.head_dim, problem.head_dim_v) <= 64) return kTo64;
-  if (std::max(problem.head_dim, problem.head_dim_v) <= 128) return kTo128;
+  const int dim = std::max(problem.head_dim, problem.head_dim_v);
+  if (dim <= 24) return kTo24;
+  if (dim <= 64) return kTo64;
+  if (dim <= 128) return kTo128;
   // A wide q and k cost shared memory, a wide v registers too.
-  if (problem.head_dim_v <= 160 && problem.head_dim <= 192) return kTo160;
+  if (problem.head_dim_v <= 176 && problem.head_dim <= 192) return kTo176;
   return kTo256;
+}
+
+std::span<const TileConfig> preferred_tiles(const Problem& problem) {
+  switch (problem.pass) {
+    case Pass::kBackward:
+      return backward_preferences(problem);
+    case Pass::kBackwardDq:
+      return backward_dq_preferences(problem);
+    default:
+      return forward_preferences(problem);
+  }
 }
 
 }  // namespace
@@ -118,8 +148,14 @@ std::optional<std::string> refuse_tile(const Problem& problem, const TileConfig&
   if (auto reason = refuse_value("block_n", tile.block_n, kBlockN)) return reason;
   if (auto reason = refuse_value("stages", tile.stages, kStages)) return reason;
   if (auto reason = refuse_value("warps", tile.warps, kWarps)) return reason;
-  return problem.pass == Pass::kBackward ? refuse_backward(problem, tile)
-                                         : refuse_forward(problem, tile);
+  switch (problem.pass) {
+    case Pass::kBackward:
+      return refuse_backward(problem, tile);
+    case Pass::kBackwardDq:
+      return refuse_backward_dq(problem, tile);
+    default:
+      return refuse_forward(problem, tile);
+  }
 }
 
 std::vector<TileCandidate> tile_candidates(const Problem& problem) {
@@ -143,8 +179,7 @@ TileConfig default_tile(const Problem& problem) {
     throw Error(ErrorCode::kInvalidArgument, *reason);
   }
   if (problem.pass == Pass::kPlan) return {};
-  const auto preferences = problem.pass == Pass::kBackward ? backward_preferences(problem)
-                                                           : forward_preferences(problem);
+  const auto preferences = preferred_tiles(problem);
   // With four warps a multiprocessor a scheduler has nothing to run while its only warp waits.
   for (const int warps : {8, 1}) {
     for (const TileConfig& tile : preferences) {

@@ -134,7 +134,8 @@ struct Engine::Impl {
 
   void forward(const ForwardArgs& args, const PlanShape& plan, Stream stream) {
     const KernelSpec spec = kernel_spec(Pass::kForward, shape_of(args), args.spec);
-    const ForwardLaunch work = make_forward_launch(args, plan, spec, device.l2_bytes);
+    const ForwardLaunch work =
+        make_forward_launch(args, plan, spec, device.sm_count, device.l2_bytes);
     if (work.grid.x == 0) return;
     const ContextScope scope(context);
     launch(kernels->get(spec, to_stream(stream)), 0, work.grid, &work.params, sizeof(work.params),
@@ -142,14 +143,27 @@ struct Engine::Impl {
   }
 
   void backward(const BackwardArgs& args, const PlanShape& plan, Stream stream) {
-    const KernelSpec spec = kernel_spec(Pass::kBackward, shape_of(args), args.spec);
+    const Shape shape = shape_of(args);
+    const KernelSpec spec = kernel_spec(Pass::kBackward, shape, args.spec);
     const BackwardLaunch work =
-        make_backward_launch(args, plan, spec, device.sm_count);
+        make_backward_launch(args, plan, spec, device.sm_count, device.l2_bytes);
     const ContextScope scope(context);
+    // Kernels are found before anything is launched: a miss must not leave half of the gradients.
     const LoadedKernel& kernel = kernels->get(spec, to_stream(stream));
+    const LoadedKernel* dq_kernel = nullptr;
+    BackwardParams dq_params = work.params;
+    Grid dq_grid;
+    if (args.deterministic) {
+      const KernelSpec dq_spec = kernel_spec(Pass::kBackwardDq, shape);
+      dq_grid = add_dq_launch(dq_params, plan, dq_spec);
+      dq_kernel = &kernels->get(dq_spec, to_stream(stream));
+    }
     const std::array grids{work.prepare, work.main, work.dq, work.dk_dv};
     for (std::size_t i = 0; i < grids.size(); ++i) {
       launch(kernel, i, grids[i], &work.params, sizeof(work.params), stream);
+    }
+    if (dq_kernel != nullptr) {
+      launch(*dq_kernel, 0, dq_grid, &dq_params, sizeof(dq_params), stream);
     }
   }
 };
@@ -221,7 +235,9 @@ Plan Engine::plan_for(std::int64_t total_q, std::int64_t total_k, int batch,
       add_view({tile.block_m, tile.block_n});
     };
     add(Pass::kForward);
-    if (shape.backward) add(Pass::kBackward);
+    if (!shape.backward) continue;
+    add(Pass::kBackward);
+    add(Pass::kBackwardDq);
   }
   const Plan header = to_plan(plan);
   to_plan_shape(header);  // checks batch
@@ -287,9 +303,9 @@ std::size_t Engine::backward_workspace_bytes(const Plan& plan, const Shape& shap
   const PlanShape header = to_plan_shape(plan);
   check_shape(shape, impl_->cuda());
   if (!impl_->cuda()) return 0;
-  return treeattn::backward_workspace_bytes(
-      header, shape, backward_head_shares(header, shape, impl_->device.sm_count, deterministic),
-      deterministic);
+  return treeattn::backward_workspace_bytes(header, shape,
+                                            impl_->kernel_spec(Pass::kBackward, shape),
+                                            impl_->device.sm_count, deterministic);
 }
 
 void Engine::backward(const BackwardArgs& args, Stream stream) {
@@ -314,7 +330,9 @@ std::vector<PreparedKernel> Engine::prepare(std::span<const Shape> shapes) {
   add(impl_->plan_spec());
   for (const Shape& shape : shapes) {
     add(impl_->kernel_spec(Pass::kForward, shape));
-    if (shape.backward) add(impl_->kernel_spec(Pass::kBackward, shape));
+    if (!shape.backward) continue;
+    add(impl_->kernel_spec(Pass::kBackward, shape));
+    add(impl_->kernel_spec(Pass::kBackwardDq, shape));
   }
   return prepared;
 }

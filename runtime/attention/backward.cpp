@@ -5,21 +5,43 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "generator/launch_bounds.h"
 #include "treeattn/error.h"
 
 namespace treeattn {
 namespace {
 
 constexpr std::int64_t kAlignFloats = 4;
-/// Shares follow from the sizes alone, whatever tile a caller names, so that the workspace does.
-constexpr int kUsualBlockN = 128;
+
+/// How many tiles and shares the schedule may hold. A tile is shared if it costs more than half of
+/// what each of `slots` blocks has to do, T; its shares are ceil(cost / T). So there are fewer than
+/// 2 slots / heads_kv such tiles of a kv head and fewer than twice as many shares.
+struct ScheduleSizes {
+  int max_split = 0;
+  int max_units = 0;
+};
+
+ScheduleSizes schedule_sizes(const PlanShape& plan, const Shape& shape, const KernelSpec& spec,
+                             int slots, bool deterministic) {
+  // Another order of summands with other totals would be another gradient.
+  if (deterministic) return {};
+  const std::int64_t tiles = tile_slots(plan.total_k, plan.batch, spec.tile.block_n);
+  const std::int64_t steps =
+      (std::int64_t{plan.total_q} / spec.tile.block_m + 1) * (shape.heads / shape.heads_kv);
+  const std::int64_t most_shares = (steps + kLeastSteps - 1) / kLeastSteps;
+  if (most_shares < 2) return {};
+  const std::int64_t fair = 2 * slots / shape.heads_kv + 1;
+  return {static_cast<int>(std::min(tiles, fair)),
+          static_cast<int>(std::min(tiles * most_shares, 2 * fair))};
+}
 
 /// Sections of the workspace, in floats from its start; each is 16-byte aligned.
 struct WorkspaceOffsets {
-  std::int64_t lse_log2, delta, dq, dk, dv, total;
+  std::int64_t lse_log2, delta, dq, schedule, dk, dv, total;
 };
 
-WorkspaceOffsets workspace_offsets(const PlanShape& plan, const Shape& shape, int head_shares,
+WorkspaceOffsets workspace_offsets(const PlanShape& plan, const Shape& shape,
+                                   const KernelSpec& spec, const ScheduleSizes& sizes,
                                    bool deterministic) {
   const auto padded = [](int dim) { return (dim + 15) / 16 * 16; };
   std::int64_t at = 0;
@@ -29,12 +51,13 @@ WorkspaceOffsets workspace_offsets(const PlanShape& plan, const Shape& shape, in
     return begin;
   };
   const std::int64_t rows = std::int64_t{shape.heads} * plan.total_q;
-  const std::int64_t keys =
-      head_shares > 1 ? std::int64_t{head_shares} * plan.total_k * shape.heads_kv : 0;
+  const std::int64_t keys = std::int64_t{sizes.max_units} * shape.heads_kv * spec.tile.block_n;
   WorkspaceOffsets o{};
   o.lse_log2 = take(rows);
   o.delta = take(rows);
   o.dq = take(deterministic ? 0 : rows * padded(shape.head_dim));
+  o.schedule = take(kScheduleHeaderInts + std::int64_t{sizes.max_units} * kScheduleUnitInts +
+                    std::int64_t{sizes.max_split} * kScheduleTileInts);
   o.dk = take(keys * padded(shape.head_dim));
   o.dv = take(keys * padded(value_head_dim(shape.head_dim, shape.head_dim_v)));
   o.total = at;
@@ -95,32 +118,37 @@ PlanShape check_backward(const BackwardArgs& args, bool cuda) {
   return plan;
 }
 
-int backward_head_shares(const PlanShape& plan, const Shape& shape, int sm_count,
-                         bool deterministic) {
-  // Another order of summands with other totals would be another gradient.
-  if (deterministic) return 1;
-  const int heads_per_kv = shape.heads / shape.heads_kv;
-  const std::int64_t blocks =
-      std::max<std::int64_t>(1, std::int64_t{plan.total_k} / kUsualBlockN * shape.heads_kv);
-  return static_cast<int>(
-      std::clamp<std::int64_t>((2 * sm_count + blocks - 1) / blocks, 1, heads_per_kv));
-}
-
-std::size_t backward_workspace_bytes(const PlanShape& plan, const Shape& shape, int head_shares,
-                                     bool deterministic) {
-  const WorkspaceOffsets at = workspace_offsets(plan, shape, head_shares, deterministic);
+std::size_t backward_workspace_bytes(const PlanShape& plan, const Shape& shape,
+                                     const KernelSpec& spec, int sm_count, bool deterministic) {
+  const int slots = sm_count * blocks_per_sm(spec);
+  const ScheduleSizes sizes = schedule_sizes(plan, shape, spec, slots, deterministic);
+  const WorkspaceOffsets at = workspace_offsets(plan, shape, spec, sizes, deterministic);
   return static_cast<std::size_t>(at.total) * sizeof(float);
 }
 
+Grid add_dq_launch(BackwardParams& params, const PlanShape& plan, const KernelSpec& spec) {
+  const int view = require_view(plan, spec);
+  const PlanOffsets at = plan_offsets(plan);
+  params.query_tiles = at.views[view].query_tiles;
+  params.key_tiles = at.views[view].key_tiles;
+  params.query_tile_count = kMetaQueryTiles + view;
+  if (plan.total_q == 0) return {};
+  return {check_blocks(
+      std::int64_t{tile_slots(plan.total_q, plan.batch, spec.tile.block_m)} * params.heads, spec)};
+}
+
 BackwardLaunch make_backward_launch(const BackwardArgs& args, const PlanShape& plan,
-                                    const KernelSpec& spec, int sm_count) {
+                                    const KernelSpec& spec, int sm_count, std::int64_t l2_bytes) {
   BackwardLaunch launch;
   const Shape shape = shape_of(args);
   const int view = require_view(plan, spec);
   const PlanOffsets at = plan_offsets(plan);
   BackwardParams& p = launch.params;
-  p.head_shares = backward_head_shares(plan, shape, sm_count, args.deterministic);
-  const WorkspaceOffsets work = workspace_offsets(plan, shape, p.head_shares, args.deterministic);
+  p.slots = sm_count * blocks_per_sm(spec);
+  const ScheduleSizes sizes = schedule_sizes(plan, shape, spec, p.slots, args.deterministic);
+  p.max_units = sizes.max_units;
+  p.max_split = sizes.max_split;
+  const WorkspaceOffsets work = workspace_offsets(plan, shape, spec, sizes, args.deterministic);
   check_workspace(args, static_cast<std::size_t>(work.total) * sizeof(float));
   auto* workspace = static_cast<float*>(args.workspace);
   p.q = args.q.data;
@@ -137,6 +165,7 @@ BackwardLaunch make_backward_launch(const BackwardArgs& args, const PlanShape& p
   p.lse_log2 = workspace + work.lse_log2;
   p.delta = workspace + work.delta;
   p.dq_accumulator = args.deterministic ? nullptr : workspace + work.dq;
+  p.schedule = reinterpret_cast<int*>(workspace + work.schedule);
   p.dk_shares = workspace + work.dk;
   p.dv_shares = workspace + work.dv;
   p.q_token_stride = args.q.token_stride;
@@ -175,22 +204,24 @@ BackwardLaunch make_backward_launch(const BackwardArgs& args, const PlanShape& p
   p.scale_log2 = static_cast<float>((capped ? args.softcap : args.softmax_scale) * kLog2E);
   p.softcap_in = capped ? static_cast<float>(args.softmax_scale / args.softcap) : 0.0F;
 
+  // Blocks read the rows of their heads again and again; their keys they read once.
+  const std::int64_t row_bytes = std::int64_t{2} * (args.head_dim + dim_v) +
+                                 std::int64_t{args.deterministic ? 0 : 4} * args.head_dim;
+  p.fitting_kv_heads =
+      kv_heads_in_group(args.heads_kv, row_bytes * plan.total_q * p.heads_per_kv, l2_bytes);
+
   const auto heads = static_cast<unsigned>(args.heads);
-  if (plan.total_q > 0) {
-    launch.prepare = {blocks_of(plan.total_q, kElementwiseThreads / ceil_pow2(dim_v / 8)), heads};
-    if (!args.deterministic) {
-      launch.dq = {
-          blocks_of(std::int64_t{plan.total_q} * ((args.head_dim + 15) / 16), kElementwiseThreads),
-          heads};
-    }
+  launch.prepare = {1 + blocks_of(plan.total_q, kElementwiseThreads / ceil_pow2(dim_v / 8)), heads};
+  if (plan.total_q > 0 && !args.deterministic) {
+    launch.dq = {
+        blocks_of(std::int64_t{plan.total_q} * ((args.head_dim + 15) / 16), kElementwiseThreads),
+        heads};
   }
   if (plan.total_k > 0) {
     launch.main.x =
-        check_blocks(std::int64_t{p.max_key_tiles} * args.heads_kv * p.head_shares, spec);
-    if (p.head_shares > 1) {
-      const int pairs = (std::max(args.head_dim, dim_v) + 15) / 16;
-      launch.dk_dv = {blocks_of(std::int64_t{plan.total_k} * pairs, kElementwiseThreads),
-                      static_cast<unsigned>(args.heads_kv), 2};
+        check_blocks((std::int64_t{p.max_key_tiles} + p.max_units) * args.heads_kv, spec);
+    if (p.max_split > 0) {
+      launch.dk_dv = {static_cast<unsigned>(p.max_split), static_cast<unsigned>(args.heads_kv), 2};
     }
   }
   return launch;

@@ -14,12 +14,8 @@ Shape shape_of(const BackwardArgs& args);
 /// Checks everything that needs no device, as check_forward() does.
 PlanShape check_backward(const BackwardArgs& args, bool cuda);
 
-/// Blocks that share the query heads of one kv head, each with dk and dv of its own: more than one
-/// only where key tiles times kv heads are too few for the chip.
-int backward_head_shares(const PlanShape& plan, const Shape& shape, int sm_count,
-                         bool deterministic);
-std::size_t backward_workspace_bytes(const PlanShape& plan, const Shape& shape, int head_shares,
-                                     bool deterministic);
+std::size_t backward_workspace_bytes(const PlanShape& plan, const Shape& shape,
+                                     const KernelSpec& spec, int sm_count, bool deterministic);
 
 /// The backward launches as plain data, in launch order.
 struct BackwardLaunch {
@@ -27,6 +23,10 @@ struct BackwardLaunch {
   Grid prepare, main, dq, dk_dv;
 };
 BackwardLaunch make_backward_launch(const BackwardArgs& args, const PlanShape& plan,
-                                    const KernelSpec& spec, int sm_count);
+                                    const KernelSpec& spec, int sm_count, std::int64_t l2_bytes);
+
+/// The kernel of its own that makes dq in deterministic mode: its grid, and what it reads of the
+/// plan, in `params`.
+Grid add_dq_launch(BackwardParams& params, const PlanShape& plan, const KernelSpec& spec);
 
 }  // namespace treeattn

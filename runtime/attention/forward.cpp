@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "generator/launch_bounds.h"
+
 namespace treeattn {
 
 Shape shape_of(const ForwardArgs& args) {
@@ -26,7 +28,7 @@ PlanShape check_forward(const ForwardArgs& args, bool cuda) {
 }
 
 ForwardLaunch make_forward_launch(const ForwardArgs& args, const PlanShape& plan,
-                                  const KernelSpec& spec, std::int64_t l2_bytes) {
+                                  const KernelSpec& spec, int sm_count, std::int64_t l2_bytes) {
   ForwardLaunch launch;
   const int view = require_view(plan, spec);
   if (plan.total_q == 0) return launch;
@@ -56,9 +58,17 @@ ForwardLaunch make_forward_launch(const ForwardArgs& args, const PlanShape& plan
   p.heads = args.heads;
   p.heads_per_kv = args.heads / args.heads_kv;
   const int dims = args.head_dim + value_head_dim(args.head_dim, args.head_dim_v);
-  p.heads_in_group =
-      p.heads_per_kv *
+  // Whether or not they fit the L2, heads that are walked together fill the chip twice: their heavy
+  // tiles come first, and those of the last group are waited for.
+  const std::int64_t kv_head_blocks =
+      std::max<std::int64_t>(1, plan.total_q / spec.tile.block_m) * p.heads_per_kv;
+  const auto filling = static_cast<int>(std::min<std::int64_t>(
+      args.heads_kv,
+      (std::int64_t{2} * sm_count * blocks_per_sm(spec) + kv_head_blocks - 1) / kv_head_blocks));
+  const int fitting =
       kv_heads_in_group(args.heads_kv, std::int64_t{2} * plan.total_k * dims, l2_bytes);
+  const int groups = std::max(1, args.heads_kv / std::max(fitting, filling));
+  p.heads_in_group = p.heads_per_kv * ((args.heads_kv + groups - 1) / groups);
   const bool capped = args.softcap > 0;
   p.scale_log2 = static_cast<float>((capped ? args.softcap : args.softmax_scale) * kLog2E);
   p.softcap_in = capped ? static_cast<float>(args.softmax_scale / args.softcap) : 0.0F;

@@ -24,7 +24,7 @@ struct ForwardLaunch {
 /// `l2_bytes` sizes the groups of heads that are walked together. Throws if the plan holds no view
 /// for the spec's tile.
 ForwardLaunch make_forward_launch(const ForwardArgs& args, const PlanShape& plan,
-                                  const KernelSpec& spec, std::int64_t l2_bytes);
+                                  const KernelSpec& spec, int sm_count, std::int64_t l2_bytes);
 
 /// Grids of the plan kernels, in launch order.
 struct PlanLaunch {

@@ -1,9 +1,12 @@
-// What the backward kernels want to know of every row, made once: delta and lse in base 2, and an
-// empty dq accumulator.
+// What the backward kernels want to know before they start: of every row delta and lse in base 2,
+// with an empty dq accumulator; and how the main kernel's work is dealt out.
 //
-// Work      a power of two of neighbouring lanes serves one row of one head; grid (rows, heads).
-// Pipeline  none: two rows are read once, in 16-byte chunks.
-// Shared    none.
+// Work      a power of two of neighbouring lanes serves one row of one head; grid (1 + rows,
+// heads).
+//           The first block makes the schedule: tiles that cost more than half of what every slot
+//           of the chip has to do are shared by several blocks.
+// Pipeline  none: rows are read once, in 16-byte chunks.
+// Shared    a few words for the schedule's sums.
 #pragma once
 
 #include "../device/softmax.cuh"
@@ -35,12 +38,98 @@ __device__ __forceinline__ float dot8(const Int4& a, const Int4& b) {
   return sum;
 }
 
+/// Steps of the main kernel for the tile at `index` in the plan's order, for one query head.
+__device__ __forceinline__ int tile_steps(const BackwardParams& p, int index) {
+  const int slot = p.plan[p.key_order + 4LL * index];
+  const Int4 bounds = ld_plan_int4(p.plan + p.key_tiles + static_cast<i64>(slot) * kKeyTileInts);
+  return bounds.y < 0 ? 0 : (bounds.y - bounds.x + kConfig.block_m) / kConfig.block_m;
+}
+
+/// Sum over the block.
+__device__ __forceinline__ i64 block_sum(i64 x) {
+  constexpr int kWarps = kElementwiseThreads / 32;
+  __shared__ i64 sums[kWarps];
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(kFullWarp, x, step);
+  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = x;
+  __syncthreads();
+  i64 total = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) total += sums[w];
+  return total;
+}
+
+/// Deals out the tiles in their order, heaviest first. One block.
+__device__ __forceinline__ void make_schedule(const BackwardParams& p) {
+  const int tiles = p.plan[p.key_tile_count];
+  i64 mine = 0;
+  for (int i = threadIdx.x; i < tiles; i += kElementwiseThreads) mine += tile_steps(p, i);
+  const i64 total = block_sum(mine);  // of one query head
+  if (threadIdx.x >= 32) return;
+  // Half of what a slot has to do if all are equally busy.
+  const i64 fair = total * p.heads / (2LL * p.slots) + 1;
+  const i64 target = fair > kLeastSteps ? fair : kLeastSteps;
+  const int lane = static_cast<int>(threadIdx.x);
+  int* units = p.schedule + kScheduleHeaderInts;
+  int* split_tiles = units + p.max_units * kScheduleUnitInts;
+  int split = 0;
+  int unit_count = 0;
+  for (int base = 0; base < p.max_split; base += 32) {
+    const int index = base + lane;
+    int shares = 1;
+    if (index < min(tiles, p.max_split)) {
+      const i64 steps = static_cast<i64>(tile_steps(p, index)) * p.heads_per_kv;
+      shares = static_cast<int>((steps + target - 1) / target);
+    }
+    int sum = shares;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const int below = __shfl_up_sync(kFullWarp, sum, step);
+      if (lane >= step) sum += below;
+    }
+    // Tiles of a bin of the plan's order differ a little: the first that is whole ends the list.
+    const bool fits = shares > 1 && unit_count + sum <= p.max_units;
+    const u32 stops = ~__ballot_sync(kFullWarp, fits);
+    const int taken = stops == 0 ? 32 : __ffs(static_cast<int>(stops)) - 1;
+    if (lane < taken) {
+      const int first = unit_count + sum - shares;
+      split_tiles[index * kScheduleTileInts] = first;
+      split_tiles[index * kScheduleTileInts + 1] = shares;
+      for (int share = 0; share < shares; ++share) {
+        int* unit = units + (first + share) * kScheduleUnitInts;
+        unit[0] = index;
+        unit[1] = share;
+        unit[2] = shares;
+        unit[3] = 0;
+      }
+    }
+    if (taken > 0) unit_count += __shfl_sync(kFullWarp, sum, taken - 1);
+    split += taken;
+    if (taken < 32) break;
+  }
+  if (lane != 0) return;
+  // As many kv heads together as it takes for the heaviest whole tile not to outlast the others.
+  const i64 heaviest = split < tiles ? tile_steps(p, split) : 0;
+  const i64 needed = total > 0 ? (heaviest * p.slots + total - 1) / total : 1;
+  const i64 most = needed < p.heads_kv ? needed : p.heads_kv;
+  const int together = most > p.fitting_kv_heads ? static_cast<int>(most) : p.fitting_kv_heads;
+  const int groups = max(1, p.heads_kv / max(together, 1));
+  p.schedule[0] = split;
+  p.schedule[1] = unit_count;
+  p.schedule[2] = (p.heads_kv + groups - 1) / groups;
+  p.schedule[3] = 0;
+}
+
 __device__ __forceinline__ void prepare(const BackwardParams& p) {
+  if (blockIdx.x == 0) {
+    if (blockIdx.y == 0) make_schedule(p);
+    return;
+  }
   constexpr int kChunks = kConfig.head_dim_v / 8;
   constexpr int kLanes = ceil_pow2(kChunks);  // 32 at most
   constexpr int kRows = kElementwiseThreads / kLanes;
   constexpr int kDqChunks = kConfig.padded_dim() / 4;
-  const int row = static_cast<int>(blockIdx.x) * kRows + static_cast<int>(threadIdx.x) / kLanes;
+  const int row = static_cast<int>(blockIdx.x - 1) * kRows + static_cast<int>(threadIdx.x) / kLanes;
   const int head = static_cast<int>(blockIdx.y);
   const int lane = static_cast<int>(threadIdx.x) % kLanes;
   const bool exists = row < p.total_q;

@@ -1,11 +1,11 @@
 // Backward, sm80 family: mma.sync, ldmatrix, cp.async. The main kernel: dk, dv and dq's
 // contributions.
 //
-// Work      one block = one key tile of the plan (block_n keys) x one kv head x a share of its
-// query
-//           heads. K and V stay in shared memory, dK and dV in registers; the block walks the query
-//           rows that its keys' intervals span, [min_first, max_last], for each query head in turn.
-//           Blocks are ordered heavy tiles first.
+// Work      one block = one key tile of the plan (block_n keys) x one kv head, or a share of its
+//           steps where a tile is heavier than what a block should do (backward_prepare.cuh). K and
+//           V stay in shared memory, dK and dV in registers; the block walks the query rows that
+//           its keys' intervals span, [min_first, max_last], for each query head in turn. Blocks
+//           are ordered heavy tiles first.
 // Steps     S = Q K^T; P = exp2(S - lse) with the interval test in partial steps only; dP = dO V^T;
 //           dS = P (dP - delta); P and dS go through shared memory (they change from accumulators
 //           to A operands); dV += P^T dO; dK += dS^T Q; dQ = dS K is added to a float32 accumulator
@@ -291,13 +291,13 @@ __device__ __forceinline__ void store_scores(const float (&s)[kScoreRows][kScore
 /// What a block works on. It lies in shared memory and is read again where it is needed.
 struct Work {
   int key0, keys;
-  int kv_head, share;
-  int row0, row_last;   ///< rows that may see the keys: none if row_last is -1
-  int head0, head_end;  ///< query heads of this block
+  int kv_head, unit;   ///< unit: -1 if the tile is this block's alone
+  int row0, row_last;  ///< rows that may see the keys: none if row_last is -1
+  int begin, end;      ///< steps of this block, over row tiles and then query heads
 
   __device__ __forceinline__ void store(u32 smem) const {
-    st_shared_int4(smem + kConfig.work_offset(), Int4{key0, keys, kv_head, share});
-    st_shared_int4(smem + kConfig.work_offset() + 16, Int4{row0, row_last, head0, head_end});
+    st_shared_int4(smem + kConfig.work_offset(), Int4{key0, keys, kv_head, unit});
+    st_shared_int4(smem + kConfig.work_offset() + 16, Int4{row0, row_last, begin, end});
   }
   __device__ __forceinline__ static Work load(u32 smem) {
     const Int4 a = ld_shared_int4(smem + kConfig.work_offset());
@@ -306,24 +306,48 @@ struct Work {
   }
 };
 
+/// The tile, share and kv head of this block; false if there is none.
+__device__ __forceinline__ bool find_unit(const BackwardParams& p, ScheduleUnit& unit, int& kv_head,
+                                          int& unit_index) {
+  const Int4 header = ld_plan_int4(p.schedule);
+  const int split = header.x;
+  const int units = header.y;
+  const int block = static_cast<int>(blockIdx.x);
+  if (block < units * p.heads_kv) {
+    unit_index = block / p.heads_kv;
+    kv_head = block - unit_index * p.heads_kv;
+    const Int4 u = ld_plan_int4(p.schedule + kScheduleHeaderInts + unit_index * kScheduleUnitInts);
+    unit = ScheduleUnit{u.x, u.y, u.z, 0};
+    return true;
+  }
+  const int tiles = p.plan[p.key_tile_count] - split;
+  const int rest = block - units * p.heads_kv;
+  if (rest >= tiles * p.heads_kv) return false;
+  const int per_group = tiles * header.z;
+  const int group = rest / per_group;
+  const int kv_heads = min(header.z, p.heads_kv - group * header.z);
+  const int in_group = rest - group * per_group;
+  unit = ScheduleUnit{split + in_group / kv_heads, 0, 1, 0};
+  kv_head = group * header.z + in_group % kv_heads;
+  unit_index = -1;
+  return true;
+}
+
 /// False if there is nothing for this block; `invalid` if the keys' sequence is.
 __device__ __forceinline__ bool assign(const BackwardParams& p, Work& work, bool& invalid) {
-  // Heavy tiles of all heads first: a heavy one that starts late would be waited for.
-  const int units = p.heads_kv * p.head_shares;
-  const int index = static_cast<int>(blockIdx.x) / units;
-  const int unit = static_cast<int>(blockIdx.x) - index * units;
-  if (index >= p.plan[p.key_tile_count]) return false;
-  const Int4 order = ld_plan_int4(p.plan + p.key_order + 4LL * index);
+  ScheduleUnit unit;
+  if (!find_unit(p, unit, work.kv_head, work.unit)) return false;
+  const Int4 order = ld_plan_int4(p.plan + p.key_order + 4LL * unit.tile);
   const Int4 bounds = ld_plan_int4(p.plan + p.key_tiles + static_cast<i64>(order.x) * kKeyTileInts);
   invalid = order.w < p.batch && p.plan[p.seq_fault + order.w] != 0;
   work.key0 = order.y;
   work.keys = order.z;
-  work.kv_head = unit / p.head_shares;
-  work.share = unit % p.head_shares;
   work.row0 = bounds.x;
   work.row_last = invalid ? -1 : bounds.y;
-  work.head0 = work.kv_head * p.heads_per_kv + work.share * p.heads_per_kv / p.head_shares;
-  work.head_end = work.kv_head * p.heads_per_kv + (work.share + 1) * p.heads_per_kv / p.head_shares;
+  const i64 steps =
+      bounds.y < 0 ? 0 : static_cast<i64>((bounds.y - bounds.x + kM) / kM) * p.heads_per_kv;
+  work.begin = static_cast<int>(unit.share * steps / unit.shares);
+  work.end = static_cast<int>((unit.share + 1) * steps / unit.shares);
   return true;
 }
 
@@ -383,12 +407,11 @@ __device__ __forceinline__ void store_gradient(const float (&c)[kKeyRows][kPairs
 /// up.
 template <int kPairs, int kPadded>
 __device__ __forceinline__ void store_share(const float (&c)[kKeyRows][kPairs * 2][4],
-                                            const Place& at, float* share, i64 row_stride,
-                                            int keys) {
+                                            const Place& at, float* share) {
   const int pair0 = static_cast<int>(at.grad_half()) * kPairs;
-  add_rows<false, kKeyRows, kPairs>(c, at.grad_key() + at.lane / 4, keys,
+  add_rows<false, kKeyRows, kPairs>(c, at.grad_key() + at.lane / 4, kN,
                                     min(kPairs, kPadded / 16 - pair0),
-                                    share + pair0 * 16 + at.lane % 4 * 4, row_stride);
+                                    share + pair0 * 16 + at.lane % 4 * 4, kPadded);
 }
 
 /// Bounds of this warp's keys, made by the first warp of each pair; a barrier must follow. They lie
@@ -438,16 +461,26 @@ __device__ __forceinline__ u32 seen_groups(u32 smem, int first, int last) {
   return seen;
 }
 
-/// The walk over query heads and their row tiles.
+/// The walk over the row tiles of one query head after the other.
 struct Walk {
   int head, row0;
+  int left;  ///< steps to go, this one included
 
+  __device__ __forceinline__ Walk(const Work& work, int heads_per_kv) {
+    const int tiles = (work.row_last - work.row0 + kM) / kM;
+    const int head_in_group = work.begin / tiles;
+    head = work.kv_head * heads_per_kv + head_in_group;
+    row0 = work.row0 + (work.begin - head_in_group * tiles) * kM;
+    left = work.end - work.begin;
+  }
   __device__ __forceinline__ bool next(u32 smem) {
-    const Int4 rows = ld_shared_int4(smem + kConfig.work_offset() + 16);
+    const Int2 rows = ld_shared_int2(smem + kConfig.work_offset() + 16);
     row0 += kM;
-    if (row0 <= rows.y) return true;
-    row0 = rows.x;
-    return ++head < rows.w;
+    if (row0 > rows.y) {
+      row0 = rows.x;
+      ++head;
+    }
+    return --left > 0;
   }
   __device__ __forceinline__ int rows(u32 smem) const {
     return min(kM, static_cast<int>(ld_shared_u32(smem + kConfig.work_offset() + 20)) + 1 - row0);
@@ -507,23 +540,27 @@ __device__ __forceinline__ void walk_rows(const BackwardParams& p, u32 smem, Wal
                                           float (&dv)[kKeyRows][kDimVPairs * 2][4]) {
   load_step(p, smem, walk.head, walk.row0, walk.rows(smem), 0);
   cp_async_commit_group();
+  // The step that follows is worked out where it is loaded, not kept.
+  const auto load_following = [&](int into) {
+    Walk following = walk;
+    if (following.next(smem)) {
+      load_step(p, smem, following.head, following.row0, following.rows(smem), into);
+    }
+    cp_async_commit_group();
+  };
   int stage = 0;
-  bool more = true;
-  while (more) {
-    const Walk now = walk;
-    more = walk.next(smem);
+  do {
     cp_async_wait_group<0>();
     __syncthreads();
-    if (kStages == 2 && more) load_step(p, smem, walk.head, walk.row0, walk.rows(smem), stage ^ 1);
-    cp_async_commit_group();
-    const int rows = now.rows(smem);
+    if (kStages == 2) load_following(stage ^ 1);
+    const int rows = walk.rows(smem);
     const u32 q = smem + kConfig.q_offset() + stage * kConfig.q_stage_bytes();
     const u32 dout = smem + kConfig.do_offset() + stage * kConfig.do_stage_bytes();
-    const u32 seen = seen_groups(smem, now.row0, now.row0 + rows - 1);
+    const u32 seen = seen_groups(smem, walk.row0, walk.row0 + rows - 1);
     const bool mine = (seen >> Place(smem).group() & 1) != 0;
     if (mine) {
       score_step(p, Place(smem), q, dout,
-                 smem + kConfig.stats_offset() + stage * kConfig.stats_stage_bytes(), now.row0,
+                 smem + kConfig.stats_offset() + stage * kConfig.stats_stage_bytes(), walk.row0,
                  rows);
     }
     __syncthreads();
@@ -535,18 +572,17 @@ __device__ __forceinline__ void walk_rows(const BackwardParams& p, u32 smem, Wal
       gradient<QkRows, kDimPairs>(dk, at, smem + kConfig.ds_offset(), q,
                                   min(kDimPairs, kDim / 16 - half * kDimPairs));
     }
-    if (kStages == 1 && more) {
+    if (kStages == 1) {
       __syncthreads();
-      load_step(p, smem, walk.head, walk.row0, walk.rows(smem), 0);
-      cp_async_commit_group();
+      load_following(0);
     }
     if (p.dq_accumulator != nullptr) {
       add_dq(Place(smem),
-             p.dq_accumulator + (static_cast<i64>(now.head) * p.total_q + now.row0) * kDim, rows,
+             p.dq_accumulator + (static_cast<i64>(walk.head) * p.total_q + walk.row0) * kDim, rows,
              seen);
     }
     if (kStages == 2) stage ^= 1;
-  }
+  } while (walk.next(smem));
   __syncthreads();
 }
 
@@ -554,12 +590,10 @@ __device__ __forceinline__ void store_tiles(const BackwardParams& p, const Place
                                             const float (&dk)[kKeyRows][kDimPairs * 2][4],
                                             const float (&dv)[kKeyRows][kDimVPairs * 2][4]) {
   const Work work = Work::load(at.smem);
-  if (p.head_shares > 1) {
-    const i64 key = static_cast<i64>(work.share) * p.total_k + work.key0;
-    store_share<kDimPairs, kDim>(dk, at, p.dk_shares + (key * p.heads_kv + work.kv_head) * kDim,
-                                 static_cast<i64>(p.heads_kv) * kDim, work.keys);
-    store_share<kDimVPairs, kDimV>(dv, at, p.dv_shares + (key * p.heads_kv + work.kv_head) * kDimV,
-                                   static_cast<i64>(p.heads_kv) * kDimV, work.keys);
+  if (work.unit >= 0) {
+    const i64 slab = static_cast<i64>(work.unit) * p.heads_kv + work.kv_head;
+    store_share<kDimPairs, kDim>(dk, at, p.dk_shares + slab * kN * kDim);
+    store_share<kDimVPairs, kDimV>(dv, at, p.dv_shares + slab * kN * kDimV);
     return;
   }
   store_gradient<QkRows, kDimPairs, kConfig.head_dim, kDim>(
@@ -583,13 +617,13 @@ __device__ __forceinline__ void run(const BackwardParams& p) {
   float dv[kKeyRows][kDimVPairs * 2][4];
   clear<kKeyRows, kDimPairs>(dk, invalid ? quiet_nan() : 0.0f);
   clear<kKeyRows, kDimVPairs>(dv, invalid ? quiet_nan() : 0.0f);
-  const bool seen = work.row_last >= 0;
+  const bool seen = work.row_last >= 0 && work.begin < work.end;
   if (seen) {
     load_keys(p, work, smem);
     find_group_bounds(p, work, Place(smem));
   }
   __syncthreads();  // the work and the groups' bounds are stored
-  if (seen) walk_rows(p, smem, Walk{work.head0, work.row0}, dk, dv);
+  if (seen) walk_rows(p, smem, Walk(work, p.heads_per_kv), dk, dv);
   store_tiles(p, Place(smem), dk, dv);
 }
 

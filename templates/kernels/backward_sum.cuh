@@ -1,6 +1,7 @@
 // Turns f32 accumulators into gradients: scales and rounds dq, and adds up the shares of dk and dv.
 //
-// Work      a thread makes 16 dims of one row of one head; grid (rows x dims, heads).
+// Work      a thread makes 16 dims of one row of one head; dq: grid (rows x dims, heads); dk and
+//           dv: grid (shared tiles, kv heads, 2).
 // Pipeline  none: everything is read and written once, in 16-byte chunks.
 // Shared    none.
 #pragma once
@@ -84,30 +85,34 @@ __device__ __forceinline__ void write_dq(const BackwardParams& p) {
 }
 
 template <int kDims>
-__device__ __forceinline__ void sum_shares(const BackwardParams& p, const float* shares, i64 index,
-                                           float scale, void* out, i64 token_stride,
-                                           i64 head_stride) {
+__device__ __forceinline__ void sum_tile(const BackwardParams& p, const float* shares, float scale,
+                                         void* out, i64 token_stride, i64 head_stride) {
   constexpr int kPadded = (kDims + 15) / 16 * 16;
   constexpr int kPairs = kPadded / 16;
+  constexpr i64 kSlab = static_cast<i64>(kConfig.block_n) * kPadded;
+  const int tile = static_cast<int>(blockIdx.x);
   const int head = static_cast<int>(blockIdx.y);
-  const int key = static_cast<int>(index / kPairs);
-  const int pair = static_cast<int>(index % kPairs);
-  if (key >= p.total_k) return;
-  const float* from = shares + (static_cast<i64>(key) * p.heads_kv + head) * kPadded + pair * 16;
-  sum_pair(from, p.head_shares, static_cast<i64>(p.total_k) * p.heads_kv * kPadded, scale,
-           static_cast<u16*>(out) + key * token_stride + head * head_stride + pair * 16,
-           pair * 16 + 16 <= kDims);
+  const int* entry =
+      p.schedule + kScheduleHeaderInts + p.max_units * kScheduleUnitInts + tile * kScheduleTileInts;
+  const Int4 order = ld_plan_int4(p.plan + p.key_order + 4LL * tile);
+  const float* from = shares + (static_cast<i64>(entry[0]) * p.heads_kv + head) * kSlab;
+  u16* to = static_cast<u16*>(out) + order.y * token_stride + head * head_stride;
+  for (int i = threadIdx.x; i < order.z * kPairs; i += kElementwiseThreads) {
+    const int key = i / kPairs;
+    const int pair = i - key * kPairs;
+    sum_pair(from + key * kPadded + pair * 16, entry[1], p.heads_kv * kSlab, scale,
+             to + key * token_stride + pair * 16, pair * 16 + 16 <= kDims);
+  }
 }
 
-/// Grid (blocks, heads_kv, 2): dk, then dv.
+/// Grid (max_split, heads_kv, 2): dk, then dv, of the tiles that several blocks shared.
 __device__ __forceinline__ void write_dk_dv(const BackwardParams& p) {
-  const i64 index = static_cast<i64>(blockIdx.x) * kElementwiseThreads + threadIdx.x;
+  if (static_cast<int>(blockIdx.x) >= p.schedule[0]) return;
   if (blockIdx.z == 0) {
-    sum_shares<kConfig.head_dim>(p, p.dk_shares, index, p.softmax_scale, p.dk, p.dk_token_stride,
-                                 p.dk_head_stride);
+    sum_tile<kConfig.head_dim>(p, p.dk_shares, p.softmax_scale, p.dk, p.dk_token_stride,
+                               p.dk_head_stride);
   } else {
-    sum_shares<kConfig.head_dim_v>(p, p.dv_shares, index, 1.0f, p.dv, p.dv_token_stride,
-                                   p.dv_head_stride);
+    sum_tile<kConfig.head_dim_v>(p, p.dv_shares, 1.0f, p.dv, p.dv_token_stride, p.dv_head_stride);
   }
 }
 

@@ -54,6 +54,31 @@ struct ForwardParams {
   float softcap_in;    ///< with softcap: softmax_scale / softcap
 };
 
+/// How the main backward kernel's work is dealt out; made on the device, before it starts. Blocks
+/// first take the units of tiles that several blocks share, for all kv heads, then whole tiles.
+struct ScheduleHeader {
+  int split;     ///< tiles that are shared: the heaviest
+  int units;     ///< their shares
+  int kv_heads;  ///< kv heads that are walked together
+  int unused;
+};
+/// One block's share of a tile: steps [share * S / shares, (share + 1) * S / shares) of its S.
+struct ScheduleUnit {
+  int tile;  ///< index in the plan's order
+  int share;
+  int shares;
+  int unused;
+};
+struct ScheduleTile {
+  int first_unit;
+  int shares;
+};
+inline constexpr int kScheduleHeaderInts = 4;
+inline constexpr int kScheduleUnitInts = 4;
+inline constexpr int kScheduleTileInts = 2;
+/// A share has at least this many steps: each loads K and V and writes partial gradients.
+inline constexpr int kLeastSteps = 8;
+
 /// Parameters of the backward kernels. Strides are in elements.
 struct BackwardParams {
   const void* q;
@@ -71,8 +96,9 @@ struct BackwardParams {
   float* lse_log2;        ///< [heads, total_q]: lse * log2(e), +inf where a row sees nothing
   float* delta;           ///< [heads, total_q]
   float* dq_accumulator;  ///< [heads, total_q, padded_dim]; null: another kernel makes dq
-  float* dk_shares;       ///< [head_shares, total_k, heads_kv, padded_dim], where head_shares > 1
-  float* dv_shares;       ///< [head_shares, total_k, heads_kv, padded_dim_v], likewise
+  int* schedule;          ///< ScheduleHeader, ScheduleUnit[max_units], ScheduleTile[max_split]
+  float* dk_shares;       ///< [max_units, heads_kv, block_n, padded_dim]
+  float* dv_shares;       ///< [max_units, heads_kv, block_n, padded_dim_v]
   long long q_token_stride, q_head_stride;
   long long k_token_stride, k_head_stride;
   long long v_token_stride, v_head_stride;
@@ -85,20 +111,25 @@ struct BackwardParams {
   long long key_order;  ///< offset of the view's key tiles, heavy first
   long long first;      ///< offsets of the intervals
   long long len;
-  long long cu_q;       ///< offset of cu_seqlens_q
-  long long seq_fault;  ///< offset of the fault bits
-  int key_tile_count;   ///< offset of the number of key tiles (in the meta section)
-  int max_key_tiles;    ///< grid extent: tile_slots(total_k, batch, block_n)
+  long long cu_q;         ///< offset of cu_seqlens_q
+  long long seq_fault;    ///< offset of the fault bits
+  int key_tile_count;     ///< offset of the number of key tiles (in the meta section)
+  int max_key_tiles;      ///< grid extent: tile_slots(total_k, batch, block_n)
+  long long query_tiles;  ///< offset of the view's QueryTile list
+  int query_tile_count;   ///< offset of the number of query tiles
   int batch;
   int total_q;
   int total_k;
   int heads;
   int heads_kv;
   int heads_per_kv;
-  int head_shares;      ///< blocks that share the query heads of a kv head
-  float softmax_scale;  ///< with softcap: of the score gradient too
-  float scale_log2;     ///< softmax_scale * log2(e); with softcap: softcap * log2(e)
-  float softcap_in;     ///< with softcap: softmax_scale / softcap
+  int slots;             ///< blocks of the main kernel that run at once
+  int max_units;         ///< capacity of the schedule, per kv head; 0: tiles are never shared
+  int max_split;         ///< tiles that may be shared at most
+  int fitting_kv_heads;  ///< kv heads whose rows fit the L2 together
+  float softmax_scale;   ///< with softcap: of the score gradient too
+  float scale_log2;      ///< softmax_scale * log2(e); with softcap: softcap * log2(e)
+  float softcap_in;      ///< with softcap: softmax_scale / softcap
 };
 
 }  // namespace treeattn

@@ -1,0 +1,293 @@
+// Forward on the GPU: exact masks, bit identity, capacities, invalid trees, offsets beyond 32 bits.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "tests/support/device_case.h"
+#include "treeattn/error.h"
+
+namespace treeattn::testing {
+namespace {
+
+constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+
+class Forward : public GpuTest {};
+
+RandomCaseOptions plain(DType dtype, int dim) {
+  RandomCaseOptions options;
+  options.dtype = dtype;
+  options.head_dim = dim;
+  options.head_dim_v = dim;
+  options.softcap = false;
+  options.most_long_tokens = 3000;
+  return options;
+}
+
+std::vector<std::uint8_t> visibility(const RandomCase& c, int b) {
+  return oracle_visibility(c.oracle(), b);
+}
+
+TEST_F(Forward, CountProbeGivesTheExactNumberOfVisibleKeys) {
+  for (std::uint64_t seed = 400; seed < 430; ++seed) {
+    RandomCase c = random_case(seed, plain(seed % 2 == 0 ? DType::kF16 : DType::kBF16, 64));
+    apply_count_probe(c);
+    DeviceCase on(c, false);
+    std::vector<float> lse;
+    on.forward(c, lse);
+    for (int b = 0; b < c.batch(); ++b) {
+      const int keys = c.cu_k[b + 1] - c.cu_k[b];
+      const auto seen = visibility(c, b);
+      for (int i = 0; i < c.cu_q[b + 1] - c.cu_q[b]; ++i) {
+        const auto row = seen.begin() + static_cast<std::ptrdiff_t>(i) * keys;
+        const auto count = std::count(row, row + keys, 1);
+        for (int h = 0; h < c.heads; ++h) {
+          const float value = lse[static_cast<std::size_t>(h) * c.total_q + c.cu_q[b] + i];
+          if (count == 0) {
+            ASSERT_EQ(value, kMinusInfinity) << c.describe();
+          } else {
+            ASSERT_EQ(std::llround(std::exp(static_cast<double>(value))), count) << c.describe();
+          }
+        }
+      }
+    }
+  }
+}
+
+// out is the share of seen keys whose index has bit d set: exact for up to 2^8 keys, near for more.
+TEST_F(Forward, BitsProbeTellsWhichKeysWereSeen) {
+  for (std::uint64_t seed = 500; seed < 520; ++seed) {
+    RandomCase c = random_case(seed, plain(DType::kF16, 32));
+    apply_bits_probe(c);
+    DeviceCase on(c, false);
+    std::vector<float> lse;
+    on.forward(c, lse);
+    for (int b = 0; b < c.batch(); ++b) {
+      const int keys = c.cu_k[b + 1] - c.cu_k[b];
+      const auto seen = visibility(c, b);
+      for (int i = 0; i < c.cu_q[b + 1] - c.cu_q[b]; ++i) {
+        std::array<int, 32> ones{};
+        int count = 0;
+        for (int j = 0; j < keys; ++j) {
+          if (seen[static_cast<std::size_t>(i) * keys + j] == 0) continue;
+          ++count;
+          for (int d = 0; d < 32; ++d) ones[d] += (c.cu_k[b] + j) >> d & 1;
+        }
+        for (int d = 0; d < 32; ++d) {
+          const double expected = count == 0 ? 0 : static_cast<double>(ones[d]) / count;
+          ASSERT_NEAR(c.out.get(c.cu_q[b] + i, c.heads - 1, d), expected, 6e-4) << c.describe();
+        }
+      }
+    }
+  }
+}
+
+std::vector<std::byte> bytes_of(const HostTensor& t) {
+  const auto* data = static_cast<const std::byte*>(t.data());
+  return {data, data + t.size_bytes()};
+}
+
+TEST_F(Forward, AThousandRunsAreBitIdentical) {
+  RandomCaseOptions options = plain(DType::kBF16, 128);
+  options.long_share = 1;
+  RandomCase c = random_case(3, options);
+  DeviceCase on(c, false);
+  std::vector<float> first_lse;
+  on.forward(c, first_lse);
+  const auto first = bytes_of(c.out);
+  for (int run = 1; run < 1000; ++run) {
+    std::vector<float> lse;
+    on.forward(c, lse);
+    ASSERT_EQ(bytes_of(c.out), first) << "run " << run;
+    ASSERT_EQ(std::memcmp(lse.data(), first_lse.data(), lse.size() * sizeof(float)), 0);
+  }
+}
+
+/// Sequence b of a case as a case of its own.
+RandomCase alone(const RandomCase& c, int b) {
+  RandomCase one = c;
+  const int q0 = c.cu_q[b];
+  const int k0 = c.cu_k[b];
+  one.total_q = c.cu_q[b + 1] - q0;
+  one.total_k = c.cu_k[b + 1] - k0;
+  one.cu_q = {0, one.total_q};
+  one.cu_k = {0, one.total_k};
+  one.start.assign(c.start.begin() + q0, c.start.begin() + q0 + one.total_q);
+  one.end.assign(c.end.begin() + k0, c.end.begin() + k0 + one.total_k);
+  one.first.assign(c.first.begin() + k0, c.first.begin() + k0 + one.total_k);
+  one.len.assign(c.len.begin() + k0, c.len.begin() + k0 + one.total_k);
+  for (int& row : one.first) row -= q0;
+  const auto part = [](const HostTensor& from, int t0, int tokens) {
+    HostTensor to(from.dtype(), tokens, from.heads(), from.dim());
+    for (int t = 0; t < tokens; ++t) {
+      for (int h = 0; h < from.heads(); ++h) {
+        for (int d = 0; d < from.dim(); ++d) to.set(t, h, d, from.get(t0 + t, h, d));
+      }
+    }
+    return to;
+  };
+  one.q = part(c.q, q0, one.total_q);
+  one.k = part(c.k, k0, one.total_k);
+  one.v = part(c.v, k0, one.total_k);
+  one.out = part(c.out, q0, one.total_q);
+  return one;
+}
+
+TEST_F(Forward, ATreeAloneIsBitIdenticalToItAmongOthers) {
+  int compared = 0;
+  for (std::uint64_t seed = 600; seed < 640; ++seed) {
+    RandomCase c = random_case(seed, plain(DType::kBF16, 128));
+    if (c.batch() < 2) continue;
+    DeviceCase packed(c, false);
+    std::vector<float> lse;
+    packed.forward(c, lse);
+    for (int b = 0; b < c.batch(); ++b) {
+      RandomCase one = alone(c, b);
+      DeviceCase on(one, false);
+      std::vector<float> one_lse;
+      on.forward(one, one_lse);
+      for (int t = 0; t < one.total_q; ++t) {
+        for (int h = 0; h < one.heads; ++h) {
+          for (int d = 0; d < one.head_dim_v; ++d) {
+            ASSERT_EQ(one.out.get(t, h, d), c.out.get(c.cu_q[b] + t, h, d)) << c.describe();
+          }
+          ASSERT_EQ(
+              std::bit_cast<int>(one_lse[static_cast<std::size_t>(h) * one.total_q + t]),
+              std::bit_cast<int>(lse[static_cast<std::size_t>(h) * c.total_q + c.cu_q[b] + t]));
+        }
+      }
+      ++compared;
+    }
+  }
+  EXPECT_GT(compared, 40);
+}
+
+TEST_F(Forward, AnInvalidTreeIsNaNAndOnlyThat) {
+  RandomCaseOptions options = plain(DType::kBF16, 64);
+  options.lowering = Lowering::kTree;
+  int tried = 0;
+  for (std::uint64_t seed = 700; tried < 5; ++seed) {
+    RandomCase c = random_case(seed, options);
+    if (c.batch() < 2 || c.cu_q[1] < 8 || c.cu_q.back() == c.cu_q[1]) continue;
+    ++tried;
+    DeviceCase sound(c, false);
+    std::vector<float> lse;
+    sound.forward(c, lse);
+    const std::vector<double> before = c.out.to_doubles();
+    c.start[4] = 1 << 20;
+    c.start[5] = 0;
+    DeviceCase on(c, false);
+    const PlanReport report = gpu_engine().validate(on.plan(), on.plan_buffer());
+    EXPECT_FALSE(report.valid);
+    EXPECT_EQ(report.bad_sequences, 1);
+    EXPECT_EQ(report.first_bad_token, 5) << report.message;
+    on.forward(c, lse);
+    const std::vector<double> after = c.out.to_doubles();
+    const std::size_t row = static_cast<std::size_t>(c.heads) * c.head_dim_v;
+    for (std::size_t n = 0; n < after.size(); ++n) {
+      if (n < c.cu_q[1] * row) {
+        ASSERT_TRUE(std::isnan(after[n])) << n;
+      } else {
+        ASSERT_EQ(after[n], before[n]) << n;
+      }
+    }
+  }
+}
+
+TEST_F(Forward, TokensPastTheLastSequenceAreZeroAndMinusInfinity) {
+  int tried = 0;
+  for (std::uint64_t seed = 800; tried < 10; ++seed) {
+    RandomCase c = random_case(seed, plain(DType::kF16, 80));
+    if (c.total_q == c.cu_q.back()) continue;
+    ++tried;
+    DeviceCase on(c, false);
+    std::vector<float> lse;
+    on.forward(c, lse);
+    for (int t = c.cu_q.back(); t < c.total_q; ++t) {
+      for (int h = 0; h < c.heads; ++h) {
+        ASSERT_EQ(lse[static_cast<std::size_t>(h) * c.total_q + t], kMinusInfinity);
+        for (int d = 0; d < c.head_dim_v; ++d) ASSERT_EQ(c.out.get(t, h, d), 0.0);
+      }
+    }
+  }
+}
+
+// 65,536 tokens of 320 heads of 128: q holds more than 2^31 elements.
+TEST_F(Forward, OffsetsBeyond32BitsAreRight) {
+  constexpr int kTokens = 1 << 16;
+  constexpr int kHeads = 320;
+  constexpr int kDim = 128;
+  constexpr std::int64_t kStride = std::int64_t{kHeads} * kDim;
+  const std::size_t bytes = static_cast<std::size_t>(kTokens) * kStride * 2;
+  static_assert(std::int64_t{kTokens} * kStride > (std::int64_t{1} << 31));
+  // Every token of a short pattern repeats, so that the host can keep one period.
+  constexpr int kPeriod = 512;
+  HostTensor pattern(DType::kBF16, kPeriod, kHeads, kDim);
+  SplitMix64 rng(5);
+  for (int t = 0; t < kPeriod; ++t) {
+    for (int h = 0; h < kHeads; ++h) {
+      for (int d = 0; d < kDim; ++d) pattern.set(t, h, d, 2 * rng.uniform() - 1);
+    }
+  }
+  DeviceBuffer q;
+  DeviceBuffer out;
+  try {
+    q = DeviceBuffer(bytes);
+    out = DeviceBuffer(bytes);
+  } catch (const Error& error) {
+    GTEST_SKIP() << "needs " << 2 * bytes << " free bytes: " << error.what();
+  }
+  for (int t = 0; t < kTokens; t += kPeriod) {
+    const auto* from = static_cast<const std::byte*>(pattern.data());
+    q.upload(std::span(from, pattern.size_bytes()), static_cast<std::size_t>(t) * kStride * 2);
+  }
+  std::vector<int> cu{0};
+  for (int t = 0; t < kTokens; t += kPeriod) cu.push_back(t + kPeriod);
+  const DeviceBuffer device_cu = DeviceBuffer::copy_of(cu);
+  const Shape shape{DType::kBF16, kHeads, kHeads, kDim};
+  const Plan plan =
+      gpu_engine().plan_for(kTokens, kTokens, static_cast<int>(cu.size()) - 1, {&shape, 1});
+  DeviceBuffer buffer(plan_bytes(plan));
+  PlanInputs inputs;
+  inputs.lowering = Lowering::kCausal;
+  inputs.cu_seqlens_q = inputs.cu_seqlens_k = device_cu.as<int>();
+  gpu_engine().build_plan(plan, inputs, buffer.as<int>());
+  ForwardArgs args;
+  args.heads = args.heads_kv = kHeads;
+  args.head_dim = kDim;
+  args.q = args.k = args.v = {q.as(), kStride, kDim};
+  args.out = {out.as(), kStride, kDim};
+  args.softmax_scale = 0.1;
+  args.plan = &plan;
+  args.plan_buffer = buffer.as<int>();
+  gpu_engine().forward(args);
+  // Every sequence is the same: the last, beyond 2^31 elements, must repeat the first bit by bit.
+  const std::size_t chunk = static_cast<std::size_t>(kPeriod) * kStride;
+  const auto first = out.download<std::uint16_t>(chunk, 0);
+  const auto last = out.download<std::uint16_t>(chunk, bytes - chunk * 2);
+  EXPECT_EQ(first, last);
+  OracleCase problem;
+  problem.rule = Lowering::kCausal;
+  problem.heads = problem.heads_kv = kHeads;
+  problem.head_dim = problem.head_dim_v = kDim;
+  problem.softmax_scale = 0.1;
+  problem.total_q = problem.total_k = kPeriod;
+  problem.cu_q = problem.cu_k = {0, kPeriod};
+  problem.q = problem.k = problem.v = pattern.to_doubles();
+  HostTensor got(DType::kBF16, kPeriod, kHeads, kDim);
+  std::memcpy(got.data(), last.data(), got.size_bytes());
+  for (const int row : {0, 17, 300, 511}) {
+    for (const int head : {0, 7, kHeads - 1}) {
+      std::vector<double> expected;
+      oracle_row(problem, row, head, expected);
+      for (int d = 0; d < kDim; ++d) EXPECT_NEAR(got.get(row, head, d), expected[d], 6e-3);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace treeattn::testing
