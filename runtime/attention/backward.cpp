@@ -13,8 +13,8 @@ namespace {
 
 constexpr std::int64_t kAlignFloats = 4;
 
-/// How many tiles and shares the schedule may hold. A tile is shared if it costs more than half of
-/// what each of `slots` blocks has to do, T; its shares are ceil(cost / T). So there are fewer than
+/// How many tiles and shares the schedule may hold. A tile is shared if it costs more than each of
+/// `slots` blocks has to do; its shares cost half of that, T. So there are fewer than
 /// 2 slots / heads_kv such tiles of a kv head and fewer than twice as many shares.
 struct ScheduleSizes {
   int max_split = 0;
@@ -221,7 +221,9 @@ BackwardLaunch make_backward_launch(const BackwardArgs& args, const PlanShape& p
     launch.main.x =
         check_blocks((std::int64_t{p.max_key_tiles} + p.max_units) * args.heads_kv, spec);
     if (p.max_split > 0) {
-      launch.dk_dv = {static_cast<unsigned>(p.max_split), static_cast<unsigned>(args.heads_kv), 2};
+      const int pairs = (std::max(args.head_dim, dim_v) + 15) / 16;
+      launch.dk_dv = {static_cast<unsigned>(p.max_split), static_cast<unsigned>(args.heads_kv),
+                      2 * blocks_of(std::int64_t{spec.tile.block_n} * pairs, kElementwiseThreads)};
     }
   }
   return launch;

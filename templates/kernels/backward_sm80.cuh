@@ -2,7 +2,7 @@
 // contributions.
 //
 // Work      one block = one key tile of the plan (block_n keys) x one kv head, or a share of its
-//           steps where a tile is heavier than what a block should do (backward_prepare.cuh). K and
+//           rows where a tile is heavier than what a block should do (backward_prepare.cuh). K and
 //           V stay in shared memory, dK and dV in registers; the block walks the query rows that
 //           its keys' intervals span, [min_first, max_last], for each query head in turn. Blocks
 //           are ordered heavy tiles first.
@@ -292,12 +292,12 @@ __device__ __forceinline__ void store_scores(const float (&s)[kScoreRows][kScore
 struct Work {
   int key0, keys;
   int kv_head, unit;   ///< unit: -1 if the tile is this block's alone
-  int row0, row_last;  ///< rows that may see the keys: none if row_last is -1
-  int begin, end;      ///< steps of this block, over row tiles and then query heads
+  int row0, row_last;  ///< rows of this block that may see the keys: none if row_last is -1
+  int head0, heads;    ///< query heads
 
   __device__ __forceinline__ void store(u32 smem) const {
     st_shared_int4(smem + kConfig.work_offset(), Int4{key0, keys, kv_head, unit});
-    st_shared_int4(smem + kConfig.work_offset() + 16, Int4{row0, row_last, begin, end});
+    st_shared_int4(smem + kConfig.work_offset() + 16, Int4{row0, row_last, head0, heads});
   }
   __device__ __forceinline__ static Work load(u32 smem) {
     const Int4 a = ld_shared_int4(smem + kConfig.work_offset());
@@ -344,10 +344,16 @@ __device__ __forceinline__ bool assign(const BackwardParams& p, Work& work, bool
   work.keys = order.z;
   work.row0 = bounds.x;
   work.row_last = invalid ? -1 : bounds.y;
-  const i64 steps =
-      bounds.y < 0 ? 0 : static_cast<i64>((bounds.y - bounds.x + kM) / kM) * p.heads_per_kv;
-  work.begin = static_cast<int>(unit.share * steps / unit.shares);
-  work.end = static_cast<int>((unit.share + 1) * steps / unit.shares);
+  work.head0 = work.kv_head * p.heads_per_kv;
+  work.heads = p.heads_per_kv;
+  if (unit.shares > 1 && !invalid) {
+    // By rows, not by heads: what runs at once then reads the same heads, which the L2 holds.
+    const i64 tiles = (bounds.y - bounds.x + kM) / kM;
+    const int begin = static_cast<int>(unit.share * tiles / unit.shares) * kM;
+    const int end = static_cast<int>((unit.share + 1) * tiles / unit.shares) * kM;
+    work.row0 = bounds.x + begin;
+    work.row_last = min(bounds.y, bounds.x + end - 1);
+  }
   return true;
 }
 
@@ -464,23 +470,17 @@ __device__ __forceinline__ u32 seen_groups(u32 smem, int first, int last) {
 /// The walk over the row tiles of one query head after the other.
 struct Walk {
   int head, row0;
-  int left;  ///< steps to go, this one included
+  int heads_left;  ///< the present one included
 
-  __device__ __forceinline__ Walk(const Work& work, int heads_per_kv) {
-    const int tiles = (work.row_last - work.row0 + kM) / kM;
-    const int head_in_group = work.begin / tiles;
-    head = work.kv_head * heads_per_kv + head_in_group;
-    row0 = work.row0 + (work.begin - head_in_group * tiles) * kM;
-    left = work.end - work.begin;
-  }
+  __device__ __forceinline__ explicit Walk(const Work& work)
+      : head(work.head0), row0(work.row0), heads_left(work.heads) {}
   __device__ __forceinline__ bool next(u32 smem) {
     const Int2 rows = ld_shared_int2(smem + kConfig.work_offset() + 16);
     row0 += kM;
-    if (row0 > rows.y) {
-      row0 = rows.x;
-      ++head;
-    }
-    return --left > 0;
+    if (row0 <= rows.y) return true;
+    row0 = rows.x;
+    ++head;
+    return --heads_left > 0;
   }
   __device__ __forceinline__ int rows(u32 smem) const {
     return min(kM, static_cast<int>(ld_shared_u32(smem + kConfig.work_offset() + 20)) + 1 - row0);
@@ -617,13 +617,13 @@ __device__ __forceinline__ void run(const BackwardParams& p) {
   float dv[kKeyRows][kDimVPairs * 2][4];
   clear<kKeyRows, kDimPairs>(dk, invalid ? quiet_nan() : 0.0f);
   clear<kKeyRows, kDimVPairs>(dv, invalid ? quiet_nan() : 0.0f);
-  const bool seen = work.row_last >= 0 && work.begin < work.end;
+  const bool seen = work.row_last >= work.row0;
   if (seen) {
     load_keys(p, work, smem);
     find_group_bounds(p, work, Place(smem));
   }
   __syncthreads();  // the work and the groups' bounds are stored
-  if (seen) walk_rows(p, smem, Walk(work, p.heads_per_kv), dk, dv);
+  if (seen) walk_rows(p, smem, Walk(work), dk, dv);
   store_tiles(p, Place(smem), dk, dv);
 }
 

@@ -92,23 +92,24 @@ __device__ __forceinline__ void sum_tile(const BackwardParams& p, const float* s
   constexpr i64 kSlab = static_cast<i64>(kConfig.block_n) * kPadded;
   const int tile = static_cast<int>(blockIdx.x);
   const int head = static_cast<int>(blockIdx.y);
+  const int i = static_cast<int>(blockIdx.z / 2 * kElementwiseThreads + threadIdx.x);
   const int* entry =
       p.schedule + kScheduleHeaderInts + p.max_units * kScheduleUnitInts + tile * kScheduleTileInts;
   const Int4 order = ld_plan_int4(p.plan + p.key_order + 4LL * tile);
   const float* from = shares + (static_cast<i64>(entry[0]) * p.heads_kv + head) * kSlab;
   u16* to = static_cast<u16*>(out) + order.y * token_stride + head * head_stride;
-  for (int i = threadIdx.x; i < order.z * kPairs; i += kElementwiseThreads) {
-    const int key = i / kPairs;
-    const int pair = i - key * kPairs;
-    sum_pair(from + key * kPadded + pair * 16, entry[1], p.heads_kv * kSlab, scale,
-             to + key * token_stride + pair * 16, pair * 16 + 16 <= kDims);
-  }
+  const int key = i / kPairs;
+  const int pair = i - key * kPairs;
+  if (key >= order.z) return;
+  sum_pair(from + key * kPadded + pair * 16, entry[1], p.heads_kv * kSlab, scale,
+           to + key * token_stride + pair * 16, pair * 16 + 16 <= kDims);
 }
 
-/// Grid (max_split, heads_kv, 2): dk, then dv, of the tiles that several blocks shared.
+/// Grid (max_split, heads_kv, 2 x parts of a tile): dk and dv of the tiles that several blocks
+/// shared.
 __device__ __forceinline__ void write_dk_dv(const BackwardParams& p) {
   if (static_cast<int>(blockIdx.x) >= p.schedule[0]) return;
-  if (blockIdx.z == 0) {
+  if (blockIdx.z % 2 == 0) {
     sum_tile<kConfig.head_dim>(p, p.dk_shares, p.softmax_scale, p.dk, p.dk_token_stride,
                                p.dk_head_stride);
   } else {
