@@ -20,17 +20,17 @@ namespace {
 
 template <class Config>
 std::string emit_config(const Config& c, std::string_view type, std::string_view params,
-                        std::size_t params_bytes) {
+                        std::size_t params_bytes, std::string_view more = {}) {
   return fmt::format(
       "namespace treeattn {{\n"
       "inline constexpr {} kConfig{{\n"
       "    /*dtype=*/KernelDType::{}, /*head_dim=*/{}, /*head_dim_v=*/{},\n"
-      "    /*block_m=*/{}, /*block_n=*/{}, /*stages=*/{}, /*warps=*/{}, /*softcap=*/{}}};\n"
+      "    /*block_m=*/{}, /*block_n=*/{}, /*stages=*/{}, /*warps=*/{}, /*softcap=*/{}{}}};\n"
       "static_assert(kConfig.smem_bytes() == {}, \"shared memory as the host sized it\");\n"
       "static_assert(sizeof({}) == {}, \"parameters as the host passes them\");\n"
       "}}  // namespace treeattn\n",
       type, c.dtype == KernelDType::kF16 ? "kF16" : "kBF16", c.head_dim, c.head_dim_v, c.block_m,
-      c.block_n, c.stages, c.warps, c.softcap, c.smem_bytes(), params, params_bytes);
+      c.block_n, c.stages, c.warps, c.softcap, more, c.smem_bytes(), params, params_bytes);
 }
 
 }  // namespace
@@ -41,7 +41,8 @@ std::string emit_forward_config(const KernelSpec& spec) {
 
 std::string emit_backward_config(const KernelSpec& spec) {
   return emit_config(backward_config(spec), "BackwardConfig", "BackwardParams",
-                     sizeof(BackwardParams));
+                     sizeof(BackwardParams),
+                     backward_config(spec).bulk_dq ? ", /*bulk_dq=*/true" : ", /*bulk_dq=*/false");
 }
 
 std::string emit_backward_dq_config(const KernelSpec& spec) {

@@ -38,7 +38,10 @@ int accumulator_registers(const ForwardConfig& config) {
 BackwardConfig backward_config(const KernelSpec& spec) {
   const Problem& p = spec.problem;
   const TileConfig& t = spec.tile;
-  return {p.dtype, p.head_dim, p.head_dim_v, t.block_m, t.block_n, t.stages, t.warps, p.softcap};
+  // The bulk copy engine came with compute capability 9.0.
+  const bool bulk_dq = p.target.cc >= 90;
+  return {p.dtype,  p.head_dim, p.head_dim_v, t.block_m, t.block_n,
+          t.stages, t.warps,    p.softcap,    bulk_dq};
 }
 
 BackwardDqConfig backward_dq_config(const KernelSpec& spec) {

@@ -86,10 +86,11 @@ std::span<const TileConfig> backward_dq_preferences(const Problem& problem) {
   return kTo256;
 }
 
-/// Backward tiles in order of preference: K, V, Q, dO, P and dS all lie in shared memory, so a
-/// block is alone on its multiprocessor more often than not.
+/// Backward tiles in order of preference: K, V, Q, dO, P and dS all lie in shared memory, from
+/// sm_90 on dQ too, so that a block is alone on its multiprocessor more often than not.
 std::span<const TileConfig> backward_preferences(const Problem& problem) {
-  static constexpr std::array kTo64{TileConfig{128, 64, 1, 4}, TileConfig{64, 64, 1, 4}};
+  static constexpr std::array kTo64{TileConfig{128, 128, 1, 8}, TileConfig{128, 64, 1, 4},
+                                    TileConfig{64, 64, 1, 4}};
   static constexpr std::array kTo128{TileConfig{64, 128, 2, 8}, TileConfig{64, 64, 2, 8},
                                      TileConfig{64, 64, 1, 8}, TileConfig{32, 64, 1, 8}};
   static constexpr std::array kTo256{TileConfig{64, 64, 2, 8}, TileConfig{64, 64, 1, 8},

@@ -98,6 +98,12 @@ __device__ __forceinline__ void st_shared_int4(u32 address, const Int4& v) {
                : "memory");
 }
 
+__device__ __forceinline__ void st_shared_float4(u32 address, const Float4& v) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v.x), "f"(v.y),
+               "f"(v.z), "f"(v.w)
+               : "memory");
+}
+
 __device__ __forceinline__ void st_shared_pointer(u32 address, const void* pointer) {
   asm volatile("st.shared.b64 [%0], %1;" ::"r"(address), "l"(pointer) : "memory");
 }
@@ -133,10 +139,6 @@ __device__ __forceinline__ void st_global_int4(void* pointer, const Int4& v) {
                : "memory");
 }
 
-struct alignas(16) Float4 {
-  float x, y, z, w;
-};
-
 __device__ __forceinline__ Float4 ld_global_float4(const float* from) {
   Float4 v;
   asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];"
@@ -168,6 +170,39 @@ __device__ __forceinline__ void red_add_float4(float* to, const Float4& v) {
       : "memory");
 #endif
 }
+
+// The bulk copy engine, from sm_90 on. Generic writes to shared memory that it reads need
+// fence_proxy_async() by every writer, then a barrier.
+__device__ __forceinline__ void fence_proxy_async() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+#if __CUDA_ARCH__ >= 900
+
+/// Adds f32s from shared to global memory; both addresses and the size are multiples of 16 bytes.
+__device__ __forceinline__ void bulk_red_add_f32(float* to, u32 from, u32 bytes) {
+  asm volatile(
+      "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to),
+      "r"(from), "r"(bytes)
+      : "memory");
+}
+
+__device__ __forceinline__ void bulk_commit_group() {
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+/// Waits until this thread's bulk operations have read shared memory.
+__device__ __forceinline__ void bulk_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
+/// Waits until this thread's bulk operations are complete.
+__device__ __forceinline__ void bulk_wait() {
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+#endif
 
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;

@@ -14,6 +14,10 @@ inline constexpr u32 kFullWarp = 0xffffffffu;
 struct alignas(16) Int4 {
   int x, y, z, w;
 };
+struct alignas(16) Float4 {
+  float x, y, z, w;
+};
+
 struct alignas(8) Int2 {
   int x, y;
 };

@@ -19,6 +19,8 @@
 // Warps     2 x warps/2 over S and dP (rows x keys) and over dQ (rows x dims); warps/2 x 2 over dK
 // and
 //           dV (keys x dims).
+// dQ        where the bulk copy engine is (sm_90 on), through shared memory: one reduction a step,
+//           sent by one thread; else by reductions from registers.
 // Registers dK and dV: block_n * (padded_dim + padded_dim_v) / (32 * warps) a thread, then S and
 // dP:
 //           2 * block_m * block_n / (32 * warps).
@@ -171,12 +173,12 @@ __device__ __forceinline__ void gradient(float (&c)[kKeyRows][kPairs * 2][4], co
   }
 }
 
-/// Writes accumulators to f32 rows, or adds them: each lane's four values of a 16-dim pair lie side
-/// by side, so that a quad moves 64 bytes at once; backward_sum.cuh undoes the exchange. `to` is
-/// the lane's place in row 0; `row` is the lane's first row.
-template <bool kAdd, int kTiles, int kPairs>
-__device__ __forceinline__ void add_rows(const float (&c)[kTiles][kPairs * 2][4], u32 row, int rows,
-                                         int pairs, float* to, i64 row_stride) {
+/// Hands out accumulators as f32: each lane's four values of a 16-dim pair lie side by side, so
+/// that a quad moves 64 bytes at once; backward_sum.cuh undoes the exchange. `row` is the lane's
+/// first row.
+template <int kTiles, int kPairs, class Put>
+__device__ __forceinline__ void put_rows(const float (&c)[kTiles][kPairs * 2][4], u32 row, int rows,
+                                         int pairs, Put put) {
 #pragma unroll
   for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
@@ -186,13 +188,9 @@ __device__ __forceinline__ void add_rows(const float (&c)[kTiles][kPairs * 2][4]
 #pragma unroll
       for (int n = 0; n < kPairs; ++n) {
         if (n < pairs) {
-          const Float4 v{c[m][n * 2][r * 2], c[m][n * 2][r * 2 + 1], c[m][n * 2 + 1][r * 2],
-                         c[m][n * 2 + 1][r * 2 + 1]};
-          if constexpr (kAdd) {
-            red_add_float4(to + i * row_stride + n * 16, v);
-          } else {
-            st_global_float4(to + i * row_stride + n * 16, v);
-          }
+          put(i, n,
+              Float4{c[m][n * 2][r * 2], c[m][n * 2][r * 2 + 1], c[m][n * 2 + 1][r * 2],
+                     c[m][n * 2 + 1][r * 2 + 1]});
         }
       }
     }
@@ -201,7 +199,7 @@ __device__ __forceinline__ void add_rows(const float (&c)[kTiles][kPairs * 2][4]
 
 /// The warp's part of dQ = dS K over the groups of keys that are `seen` (a bit each), added to the
 /// accumulator; `rows` of the step exist.
-__device__ __forceinline__ void add_dq(const Place& at, float* dq, int rows, u32 seen) {
+__device__ __forceinline__ void add_dq(const Place& at, float* dq, int row0, int rows, u32 seen) {
   float c[kDqRows][kDqPairs * 2][4];
   clear<kDqRows, kDqPairs>(c);
   const int pair0 = static_cast<int>(at.dq_part()) * kDqPairs;
@@ -221,9 +219,55 @@ __device__ __forceinline__ void add_dq(const Place& at, float* dq, int rows, u32
                                                         (pair0 + n) * 2 + half_a(at.lane)));
         });
   }
-  add_rows<true, kDqRows, kDqPairs>(c, at.dq_row() + at.lane / 4, rows, pairs,
-                                    dq + pair0 * 16 + at.lane % 4 * 4, kDim);
+  const u32 row = at.dq_row() + at.lane / 4;
+  const int lane = static_cast<int>(at.lane % 4 * 4);
+  if constexpr (kConfig.bulk_dq) {
+    const u32 stage = at.smem + kConfig.dq_offset();
+    put_rows<kDqRows, kDqPairs>(c, row, rows, pairs, [&](int i, int n, const Float4& v) {
+      const int place = kConfig.dq_place(row0 + i, pair0 + n);
+      st_shared_float4(stage + (i * kDim + place * 16 + lane) * 4, v);
+    });
+  } else {
+    put_rows<kDqRows, kDqPairs>(c, row, rows, pairs, [&](int i, int n, const Float4& v) {
+      const int place = kConfig.dq_place(row0 + i, pair0 + n);
+      red_add_float4(dq + static_cast<i64>(i) * kDim + place * 16 + lane, v);
+    });
+  }
 }
+
+/// dQ on its way to the accumulator through shared memory. All but put_dq() is for one thread: it
+/// notes where the dQ of a step goes, sends it after the barrier that the next step begins with,
+/// and waits for it to be read before the barrier that the next dQ is written after.
+struct DqMail {
+  u32 smem;
+
+  __device__ __forceinline__ u32 note() const {
+    return smem + kConfig.dq_offset() + kConfig.dq_bytes();
+  }
+  __device__ __forceinline__ void write(const float* dq, int rows) const {
+    st_shared_pointer(note(), dq);
+    st_shared_u32(note() + 8, static_cast<u32>(rows * kDim * 4));
+  }
+  __device__ __forceinline__ void send() const {
+#if __CUDA_ARCH__ >= 900
+    const u32 bytes = ld_shared_u32(note() + 8);
+    if (bytes == 0) return;
+    bulk_red_add_f32(const_cast<float*>(ld_shared_pointer<float>(note())),
+                     smem + kConfig.dq_offset(), bytes);
+    bulk_commit_group();
+#endif
+  }
+  __device__ __forceinline__ void wait_read() const {
+#if __CUDA_ARCH__ >= 900
+    bulk_wait_read();
+#endif
+  }
+  __device__ __forceinline__ void wait() const {
+#if __CUDA_ARCH__ >= 900
+    bulk_wait();
+#endif
+  }
+};
 
 /// Turns scores into P in place and writes it; the interval test runs in partial steps only.
 __device__ __forceinline__ void probabilities(float (&s)[kScoreRows][kScorePairs * 2][4],
@@ -415,9 +459,10 @@ template <int kPairs, int kPadded>
 __device__ __forceinline__ void store_share(const float (&c)[kKeyRows][kPairs * 2][4],
                                             const Place& at, float* share) {
   const int pair0 = static_cast<int>(at.grad_half()) * kPairs;
-  add_rows<false, kKeyRows, kPairs>(c, at.grad_key() + at.lane / 4, kN,
-                                    min(kPairs, kPadded / 16 - pair0),
-                                    share + pair0 * 16 + at.lane % 4 * 4, kPadded);
+  float* to = share + pair0 * 16 + at.lane % 4 * 4;
+  put_rows<kKeyRows, kPairs>(
+      c, at.grad_key() + at.lane / 4, kN, min(kPairs, kPadded / 16 - pair0),
+      [&](int i, int n, const Float4& v) { st_global_float4(to + i * kPadded + n * 16, v); });
 }
 
 /// Bounds of this warp's keys, made by the first warp of each pair; a barrier must follow. They lie
@@ -548,10 +593,13 @@ __device__ __forceinline__ void walk_rows(const BackwardParams& p, u32 smem, Wal
     }
     cp_async_commit_group();
   };
+  const DqMail mail{smem};
+  if (kConfig.bulk_dq && threadIdx.x == 0) mail.write(nullptr, 0);
   int stage = 0;
   do {
     cp_async_wait_group<0>();
     __syncthreads();
+    if (kConfig.bulk_dq && thread_index_here() == 0) mail.send();
     if (kStages == 2) load_following(stage ^ 1);
     const int rows = walk.rows(smem);
     const u32 q = smem + kConfig.q_offset() + stage * kConfig.q_stage_bytes();
@@ -563,6 +611,7 @@ __device__ __forceinline__ void walk_rows(const BackwardParams& p, u32 smem, Wal
                  smem + kConfig.stats_offset() + stage * kConfig.stats_stage_bytes(), walk.row0,
                  rows);
     }
+    if (kConfig.bulk_dq && thread_index_here() == 0) mail.wait_read();
     __syncthreads();
     if (mine) {
       const Place at(smem);
@@ -577,13 +626,20 @@ __device__ __forceinline__ void walk_rows(const BackwardParams& p, u32 smem, Wal
       load_following(0);
     }
     if (p.dq_accumulator != nullptr) {
-      add_dq(Place(smem),
-             p.dq_accumulator + (static_cast<i64>(walk.head) * p.total_q + walk.row0) * kDim, rows,
-             seen);
+      float* dq = p.dq_accumulator + (static_cast<i64>(walk.head) * p.total_q + walk.row0) * kDim;
+      add_dq(Place(smem), dq, walk.row0, rows, seen);
+      if constexpr (kConfig.bulk_dq) {
+        fence_proxy_async();
+        if (thread_index_here() == 0) mail.write(dq, rows);
+      }
     }
     if (kStages == 2) stage ^= 1;
   } while (walk.next(smem));
   __syncthreads();
+  if (kConfig.bulk_dq && threadIdx.x == 0) {
+    mail.send();
+    mail.wait();
+  }
 }
 
 __device__ __forceinline__ void store_tiles(const BackwardParams& p, const Place& at,

@@ -79,8 +79,10 @@ __device__ __forceinline__ void write_dq(const BackwardParams& p) {
     if (whole) st_global_int4(to + 8, nan);
     return;
   }
+  const int place = kConfig.dq_place(row, pair);
   const float* from = p.dq_accumulator +
-                      (static_cast<i64>(head) * p.total_q + row) * kConfig.padded_dim() + pair * 16;
+                      (static_cast<i64>(head) * p.total_q + row) * kConfig.padded_dim() +
+                      place * 16;
   sum_pair(from, 1, 0, p.softmax_scale, to, whole);
 }
 

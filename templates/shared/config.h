@@ -71,6 +71,7 @@ struct BackwardConfig {
   int stages;   ///< Q and dO tiles in shared memory (1 or 2)
   int warps;    ///< 4 or 8: two by warps / 2 over every product
   bool softcap;
+  bool bulk_dq;  ///< dq goes to its accumulator through shared memory and the bulk copy engine
 
   TREEATTN_HOST_DEVICE constexpr int threads() const { return warps * 32; }
   TREEATTN_HOST_DEVICE constexpr int padded_dim() const { return (head_dim + 15) / 16 * 16; }
@@ -106,7 +107,20 @@ struct BackwardConfig {
   TREEATTN_HOST_DEVICE constexpr int work_offset() const {
     return groups_offset() + warps / 2 * 16;
   }
-  TREEATTN_HOST_DEVICE constexpr int smem_bytes() const { return work_offset() + 32; }
+  /// dQ of one step in f32, on its way to the accumulator; then where it goes.
+  TREEATTN_HOST_DEVICE constexpr int dq_offset() const { return work_offset() + 32; }
+  TREEATTN_HOST_DEVICE constexpr int dq_bytes() const {
+    return bulk_dq ? block_m * padded_dim() * 4 : 0;
+  }
+  TREEATTN_HOST_DEVICE constexpr int smem_bytes() const {
+    return dq_offset() + dq_bytes() + (bulk_dq ? 16 : 0);
+  }
+
+  /// Accumulators of dq hold 16 dims in a place; odd rows swap neighbouring places, so that two
+  /// rows of a step that are written together lie in different banks of shared memory.
+  TREEATTN_HOST_DEVICE constexpr int dq_place(int row, int pair) const {
+    return padded_dim() / 16 % 2 == 0 ? pair ^ (row & 1) : pair;
+  }
 };
 
 /// Everything a kernel that owns rows of dq is specialised on. Rows are padded as in

@@ -1,23 +1,19 @@
-// How the engine lives in a process with a GPU: graphs, streams, threads, forks, errors, host cost.
+// How the engine lives in a process with a GPU: streams, threads, forks, empty totals, errors.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <thread>
 #include <vector>
 
 #include "generator/arch.h"
 #include "generator/kernel_spec.h"
-#include "tests/support/allocation_counter.h"
+#include "tests/gpu/forward_bar.h"
 #include "tests/support/device_case.h"
-#include "tests/support/log_capture.h"
 #include "treeattn/error.h"
 
 namespace treeattn::testing {
@@ -46,128 +42,6 @@ RandomCase sizeable(int dim, DType dtype = DType::kBF16, std::uint64_t seed = 0)
   }
 }
 
-std::vector<std::byte> bytes_of(const HostTensor& t) {
-  const auto* data = static_cast<const std::byte*>(t.data());
-  return {data, data + t.size_bytes()};
-}
-
-/// Captures what `body` launches and makes it launchable.
-class Graph {
- public:
-  template <class Body>
-  explicit Graph(CUstream stream, Body&& body) {
-    const DriverTable& d = driver();
-    check(d.cuStreamBeginCapture(stream, CU_STREAM_CAPTURE_MODE_GLOBAL), "begin capture");
-    body();
-    CUgraph graph = nullptr;
-    check(d.cuStreamEndCapture(stream, &graph), "end capture");
-    check(d.cuGraphInstantiateWithFlags(&exec_, graph, 0), "instantiate");
-    d.cuGraphDestroy(graph);
-  }
-  ~Graph() { driver().cuGraphExecDestroy(exec_); }
-  Graph(const Graph&) = delete;
-  Graph& operator=(const Graph&) = delete;
-
-  void launch(CUstream stream) { check(driver().cuGraphLaunch(exec_, stream), "graph launch"); }
-
- private:
-  CUgraphExec exec_ = nullptr;
-};
-
-struct DeviceTree {
-  GuardedBuffer cu, start, end;
-  PlanInputs inputs() const {
-    PlanInputs in;
-    in.cu_seqlens_q = in.cu_seqlens_k = cu.as<int>();
-    in.tree_dfs_order_start_q = start.as<int>();
-    in.tree_dfs_order_end_k = end.as<int>();
-    return in;
-  }
-};
-
-// A captured plan and forward, replayed with other trees and lengths under the same totals.
-void capture_and_replay(int dim, const std::string& spec = {}) {
-  RandomCase c = sizeable(dim);
-  const int total = std::min(c.cu_q.back(), c.cu_k.back());
-  c.heads = c.heads_kv = 2;
-  c.total_q = c.total_k = total;
-  c.q = c.k = c.v = c.out = HostTensor(c.dtype, total, 2, dim);
-  SplitMix64 rng(1);
-  for (HostTensor* t : {&c.q, &c.k, &c.v}) {
-    for (int n = 0; n < total; ++n) {
-      for (int h = 0; h < 2; ++h) {
-        for (int d = 0; d < dim; ++d) t->set(n, h, d, 2 * rng.uniform() - 1);
-      }
-    }
-  }
-  const auto set_tree = [&](int tokens) {
-    random_forest(rng, tokens, c.start, c.end);
-    c.cu_q = c.cu_k = {0, tokens};
-    c.start.resize(total, 0);
-    c.end.resize(total, 0);
-  };
-  set_tree(total);
-  DeviceTree tree{GuardedBuffer(c.cu_q), GuardedBuffer(c.start), GuardedBuffer(c.end)};
-  const Shape shape = shape_of_case(c, false);
-  Plan plan = gpu_engine().plan_for(total, total, 1, {&shape, 1});
-  if (!spec.empty()) {
-    const TileConfig tile = parse_kernel_spec(spec).tile;
-    plan.views[plan.num_views++] = {tile.block_m, tile.block_n};
-  }
-  const GuardedBuffer buffer(plan_bytes(plan));
-  const GuardedBuffer q(c.q), k(c.k), v(c.v), out(c.out);
-  const GuardedBuffer lse(static_cast<std::size_t>(2) * total * 4);
-  ForwardArgs args = c.forward_args();
-  args.q.data = q.as();
-  args.k.data = k.as();
-  args.v.data = v.as();
-  args.out.data = out.as();
-  args.lse = lse.as<float>();
-  args.plan = &plan;
-  args.plan_buffer = buffer.as<int>();
-  args.spec = spec;
-  const StreamOwner stream;
-  Graph graph(stream.get(), [&] {
-    gpu_engine().build_plan(plan, tree.inputs(), buffer.as<int>(), stream.get());
-    gpu_engine().forward(args, stream.get());
-  });
-  for (const int tokens : {total, total / 2, total - 3, 1}) {
-    set_tree(tokens);
-    tree.cu.upload(c.cu_q.data(), c.cu_q.size() * 4);
-    tree.start.upload(c.start.data(), c.start.size() * 4);
-    tree.end.upload(c.end.data(), c.end.size() * 4);
-    graph.launch(stream.get());
-    stream.synchronize();
-    out.download(c.out.data(), c.out.size_bytes());
-    std::vector<float> got_lse(static_cast<std::size_t>(2) * total);
-    lse.download(got_lse.data(), got_lse.size() * 4);
-    const OracleResult expected = oracle_forward(c.oracle(), Emulate::kBF16);
-    const ForwardError error =
-        compare_forward(expected.out, expected.lse, c.out.to_doubles(), got_lse, 2, dim);
-    EXPECT_LT(error.rel_l2, 4e-3) << tokens << " tokens: " << error.describe();
-    EXPECT_LT(error.lse, 1e-4) << tokens << " tokens: " << error.describe();
-  }
-}
-
-TEST_F(EngineOnGpu, ACapturedGraphReplaysWithOtherTrees) {
-  const Shape shape{DType::kBF16, 2, 2, 64};
-  gpu_engine().prepare({&shape, 1});
-  capture_and_replay(64);
-}
-
-// No other test names this tile: the kernel is not loaded when the capture begins.
-TEST_F(EngineOnGpu, AKernelThatIsNotLoadedDoesNotSpoilACapture) {
-  const test::LogCapture log;
-  const DeviceInfo& device = device_info(0);
-  const Target target = target_for_device(device.major, device.minor);
-  capture_and_replay(64, "fwd/sm80@" + to_string(target) + "/bf16/d64v64/m64n32s2w4");
-  bool warned = false;
-  for (const auto& [level, text] : log.messages()) {
-    warned |= text.find("captur") != std::string::npos;
-  }
-  EXPECT_TRUE(warned) << "a load during capture is worth a warning";
-}
-
 TEST_F(EngineOnGpu, TwoStreamsShareAPlan) {
   RandomCase c = sizeable(64);
   DeviceCase on(c, false);
@@ -176,6 +50,7 @@ TEST_F(EngineOnGpu, TwoStreamsShareAPlan) {
   const auto expected = bytes_of(c.out);
   const StreamOwner a;
   const StreamOwner b;
+  c.out.fill(std::nan(""));
   const GuardedBuffer out_a(c.out);
   const GuardedBuffer out_b(c.out);
   ForwardArgs args = on.forward_args(c);
@@ -224,14 +99,19 @@ TEST_F(EngineOnGpu, AForkedChildIsToldWhatToDoAndTheParentGoesOn) {
   const pid_t child = fork();
   ASSERT_GE(child, 0);
   if (child == 0) {
-    int code = 1;
-    try {
-      engine.forward(args);
-    } catch (const Error& error) {
-      const bool told = std::strstr(error.what(), "fork") != nullptr &&
-                        std::strstr(error.what(), "spawn") != nullptr;
-      code = told ? 0 : 2;
-    }
+    const auto told = [](auto&& call) {
+      try {
+        call();
+      } catch (const Error& error) {
+        return std::strstr(error.what(), "fork") != nullptr &&
+               std::strstr(error.what(), "spawn") != nullptr;
+      }
+      return false;
+    };
+    int code = 0;
+    if (!told([&] { engine.forward(args); })) code |= 1;
+    if (!told([&] { engine.validate(on.plan(), on.plan_buffer()); })) code |= 2;
+    if (!told([] { const Engine fresh; })) code |= 4;
     _exit(code);
   }
   int status = 0;
@@ -241,6 +121,26 @@ TEST_F(EngineOnGpu, AForkedChildIsToldWhatToDoAndTheParentGoesOn) {
   std::vector<float> lse;
   on.forward(c, lse);
   EXPECT_FALSE(std::isnan(c.out.get(0, 0, 0)));
+}
+
+// As the C API's or a plain program's does: no framework has made a context current.
+TEST_F(EngineOnGpu, AnEngineMadeWithoutAContextTakesThePrimaryOne) {
+  RandomCase c = sizeable(64);
+  DeviceCase on(c, false);
+  std::vector<float> lse;
+  on.forward(c, lse);
+  const auto expected = bytes_of(c.out);
+  c.out.fill(std::nan(""));
+  on.out.upload(c.out.data(), c.out.size_bytes());
+  const ForwardArgs args = on.forward_args(c);
+  std::thread([&] {
+    Engine engine;
+    engine.forward(args);
+    const Engine moved = std::move(engine);
+    EXPECT_EQ(moved.stats().launches, 1U);
+  }).join();
+  on.out.download(c.out.data(), c.out.size_bytes());
+  EXPECT_EQ(bytes_of(c.out), expected);
 }
 
 // Empty totals, with null pointers for what is empty.
@@ -336,30 +236,16 @@ TEST_F(EngineOnGpu, BadArgumentsAreNamedBeforeAnythingIsLaunched) {
   EXPECT_THAT(refusal([](ForwardArgs& a) { a.k.token_stride += 1; }), HasSubstr("k.token_stride"));
   EXPECT_THAT(refusal([](ForwardArgs& a) { a.spec = "fwd/sm80@sm_80/bf16/d64v64"; }),
               HasSubstr("does not fit"));
-  EXPECT_THAT(refusal([](ForwardArgs& a) { a.head_dim = a.head_dim_v = 128; }), HasSubstr("plan"));
+  EXPECT_THAT(refusal([](ForwardArgs& a) { a.spec = "fwd/sm80"; }), HasSubstr("fwd/sm80"));
+  const DeviceInfo& device = device_info(0);
+  const std::string other_tile = "fwd/sm80@" +
+                                 to_string(target_for_device(device.major, device.minor)) +
+                                 "/bf16/d64v64/m64n16s1w4";
+  EXPECT_THAT(refusal([&](ForwardArgs& a) { a.spec = other_tile; }),
+              HasSubstr("holds no tile lists for 64x16 tiles"));
+  EXPECT_THAT(refusal([](ForwardArgs& a) { a.head_dim = a.head_dim_v = 128; }),
+              HasSubstr("the plan holds no tile lists"));
   EXPECT_EQ(gpu_engine().stats().launches, launches);
-}
-
-TEST_F(EngineOnGpu, AHotForwardCallAllocatesNothingAndIsCheap) {
-  RandomCase c = sizeable(64);
-  const DeviceCase on(c, false);
-  const ForwardArgs args = on.forward_args(c);
-  const StreamOwner stream;
-  for (int n = 0; n < 10; ++n) gpu_engine().forward(args, stream.get());
-  stream.synchronize();
-  std::vector<double> us;
-  long allocations = 0;
-  for (int n = 0; n < 500; ++n) {
-    const auto begin = std::chrono::steady_clock::now();
-    allocations += test::count_allocations([&] { gpu_engine().forward(args, stream.get()); });
-    us.push_back(std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - begin)
-                     .count());
-    if (n % 50 == 49) stream.synchronize();
-  }
-  std::ranges::sort(us);
-  std::printf("hot forward call: median %.2f us of host time\n", us[us.size() / 2]);
-  EXPECT_EQ(allocations, 0);
-  EXPECT_LT(us[us.size() / 2], 50);
 }
 
 }  // namespace

@@ -1,10 +1,15 @@
-// Forward on the GPU against the oracle, by the whole bar of the semantics.
+// Forward on the GPU against the oracle, by the whole bar of the semantics: random cases over every
+// head dim, and one small case for every kernel that is used unless a caller asks for another.
 #include <gtest/gtest.h>
 
-#include <cmath>
-#include <mutex>
+#include <algorithm>
+#include <cstdio>
 #include <vector>
 
+#include "generator/arch.h"
+#include "generator/kernel_spec.h"
+#include "generator/tile_space.h"
+#include "tests/gpu/forward_bar.h"
 #include "tests/support/device_case.h"
 
 namespace treeattn::testing {
@@ -18,42 +23,100 @@ RandomCaseOptions gpu_cases() {
   return options;
 }
 
-Emulate emulation_of(DType dtype) {
-  return dtype == DType::kF16 ? Emulate::kF16 : Emulate::kBF16;
+struct JudgedCase {
+  RandomCase problem;
+  OracleResult expected;
+};
+
+/// The oracle's answers and loaded kernels, made on every core.
+template <class Make>
+std::vector<JudgedCase> make_cases(int count, const Make& make) {
+  std::vector<JudgedCase> cases(count);
+  parallel_for(count, [&](int n) {
+    RandomCase& c = cases[n].problem = make(n);
+    const Shape shape = shape_of_case(c, false);
+    gpu_engine().prepare({&shape, 1});
+    cases[n].expected = oracle_forward(c.oracle(), emulation_of(c.dtype), 1);
+  });
+  return cases;
 }
 
 class ForwardRandom : public GpuTest {};
 
 TEST_F(ForwardRandom, ThreeHundredCasesAgreeWithTheOracle) {
-  std::vector<RandomCase> cases(kCases);
-  std::vector<OracleResult> expected(kCases);
-  parallel_for(kCases, [&](int n) {
-    cases[n] = random_case(static_cast<std::uint64_t>(n), gpu_cases());
-    const Shape shape = shape_of_case(cases[n], false);
-    gpu_engine().prepare({&shape, 1});
-    expected[n] = oracle_forward(cases[n].oracle(), emulation_of(cases[n].dtype), 1);
-  });
+  std::vector<JudgedCase> cases = make_cases(
+      kCases, [](int n) { return random_case(static_cast<std::uint64_t>(n), gpu_cases()); });
   double worst_bf16 = 0, worst_f16 = 0, worst_lse = 0;
-  for (int n = 0; n < kCases; ++n) {
-    RandomCase& c = cases[n];
+  for (auto& [c, expected] : cases) {
     DeviceCase on(c, false);
     std::vector<float> lse;
     on.forward(c, lse);
-    const ForwardError error = compare_forward(expected[n].out, expected[n].lse, c.out.to_doubles(),
-                                               lse, c.heads, c.head_dim_v);
-    const bool f16 = c.dtype == DType::kF16;
-    EXPECT_LT(error.rel_l2, f16 ? 1e-3 : 4e-3) << error.describe() << "\n" << c.describe();
-    EXPECT_LE(error.worst_vector, emulated_vector_bound(expected[n], c.heads, c.head_dim_v))
-        << error.describe() << "\n"
-        << c.describe();
-    EXPECT_LT(error.lse, 1e-4) << error.describe() << "\n" << c.describe();
+    const std::vector<double> out = c.out.to_doubles();
+    EXPECT_EQ(judge_forward(c, expected, out, lse), "");
     EXPECT_TRUE(on.intact()) << "bytes beside a tensor were written: " << c.describe();
-    double& worst = f16 ? worst_f16 : worst_bf16;
+    const ForwardError error =
+        compare_forward(expected.out, expected.lse, out, lse, c.heads, c.head_dim_v);
+    double& worst = c.dtype == DType::kF16 ? worst_f16 : worst_bf16;
     worst = std::max(worst, error.rel_l2);
     worst_lse = std::max(worst_lse, error.lse);
   }
   std::printf("forward, %d cases: rel_l2 bf16 %.2e, f16 %.2e, lse %.2e\n", kCases, worst_bf16,
               worst_f16, worst_lse);
+}
+
+TEST_F(ForwardRandom, WithoutLseTheOutputIsTheSame) {
+  for (std::uint64_t seed = 0; seed < 40; ++seed) {
+    RandomCase c = random_case(seed, gpu_cases());
+    const DeviceCase on(c, false);
+    const auto run = [&](float* lse) {
+      HostTensor out = c.out;
+      GuardedBuffer device_out(out);
+      ForwardArgs args = on.forward_args(c);
+      args.out.data = device_out.as();
+      args.lse = lse;
+      gpu_engine().forward(args);
+      device_out.download(out.data(), out.size_bytes());
+      EXPECT_TRUE(device_out.intact()) << c.describe();
+      return bytes_of(out);
+    };
+    ASSERT_EQ(run(nullptr), run(on.lse.as<float>())) << c.describe();
+  }
+}
+
+// Every default kernel of this GPU: what prepare() makes ready is the spec of exactly these head
+// dims, and it computes what it should.
+TEST_F(ForwardRandom, EveryDefaultKernelAgreesWithTheOracle) {
+  const DeviceInfo& device = device_info(0);
+  const std::vector<KernelSpec> specs =
+      default_specs(Pass::kForward, target_for_device(device.major, device.minor));
+  ASSERT_GE(specs.size(), 62U);
+  std::vector<JudgedCase> cases = make_cases(static_cast<int>(specs.size()), [&](int n) {
+    const Problem& problem = specs[n].problem;
+    RandomCaseOptions options;
+    options.dtype = problem.dtype == KernelDType::kF16 ? DType::kF16 : DType::kBF16;
+    options.head_dim = problem.head_dim;
+    options.head_dim_v = problem.head_dim_v;
+    options.softcap = false;
+    options.lowering = Lowering::kTree;
+    options.long_share = 0;
+    options.most_heads = 4;
+    for (std::uint64_t seed = 3000 + static_cast<std::uint64_t>(n);; seed += specs.size()) {
+      RandomCase c = random_case(seed, options);
+      if (std::min(c.cu_q.back(), c.cu_k.back()) > 200) return c;
+    }
+  });
+  for (std::size_t n = 0; n < specs.size(); ++n) {
+    RandomCase& c = cases[n].problem;
+    const Shape shape = shape_of_case(c, false);
+    const auto prepared = gpu_engine().prepare({&shape, 1});
+    ASSERT_EQ(prepared.size(), 2U);
+    EXPECT_EQ(prepared[1].spec, to_string(specs[n]));
+    DeviceCase on(c, false);
+    std::vector<float> lse;
+    on.forward(c, lse, nullptr, to_string(specs[n]));
+    EXPECT_EQ(judge_forward(c, cases[n].expected, c.out.to_doubles(), lse), "");
+    EXPECT_TRUE(on.intact()) << to_string(specs[n]);
+  }
 }
 
 }  // namespace

@@ -2,19 +2,17 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
 #include <vector>
 
+#include "tests/gpu/forward_bar.h"
 #include "tests/support/device_case.h"
 #include "treeattn/error.h"
 
 namespace treeattn::testing {
 namespace {
-
-constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
 class Forward : public GpuTest {};
 
@@ -28,10 +26,6 @@ RandomCaseOptions plain(DType dtype, int dim) {
   return options;
 }
 
-std::vector<std::uint8_t> visibility(const RandomCase& c, int b) {
-  return oracle_visibility(c.oracle(), b);
-}
-
 TEST_F(Forward, CountProbeGivesTheExactNumberOfVisibleKeys) {
   for (std::uint64_t seed = 400; seed < 430; ++seed) {
     RandomCase c = random_case(seed, plain(seed % 2 == 0 ? DType::kF16 : DType::kBF16, 64));
@@ -39,26 +33,10 @@ TEST_F(Forward, CountProbeGivesTheExactNumberOfVisibleKeys) {
     DeviceCase on(c, false);
     std::vector<float> lse;
     on.forward(c, lse);
-    for (int b = 0; b < c.batch(); ++b) {
-      const int keys = c.cu_k[b + 1] - c.cu_k[b];
-      const auto seen = visibility(c, b);
-      for (int i = 0; i < c.cu_q[b + 1] - c.cu_q[b]; ++i) {
-        const auto row = seen.begin() + static_cast<std::ptrdiff_t>(i) * keys;
-        const auto count = std::count(row, row + keys, 1);
-        for (int h = 0; h < c.heads; ++h) {
-          const float value = lse[static_cast<std::size_t>(h) * c.total_q + c.cu_q[b] + i];
-          if (count == 0) {
-            ASSERT_EQ(value, kMinusInfinity) << c.describe();
-          } else {
-            ASSERT_EQ(std::llround(std::exp(static_cast<double>(value))), count) << c.describe();
-          }
-        }
-      }
-    }
+    ASSERT_EQ(judge_count_probe(c, lse), "");
   }
 }
 
-// out is the share of seen keys whose index has bit d set: exact for up to 2^8 keys, near for more.
 TEST_F(Forward, BitsProbeTellsWhichKeysWereSeen) {
   for (std::uint64_t seed = 500; seed < 520; ++seed) {
     RandomCase c = random_case(seed, plain(DType::kF16, 32));
@@ -66,29 +44,8 @@ TEST_F(Forward, BitsProbeTellsWhichKeysWereSeen) {
     DeviceCase on(c, false);
     std::vector<float> lse;
     on.forward(c, lse);
-    for (int b = 0; b < c.batch(); ++b) {
-      const int keys = c.cu_k[b + 1] - c.cu_k[b];
-      const auto seen = visibility(c, b);
-      for (int i = 0; i < c.cu_q[b + 1] - c.cu_q[b]; ++i) {
-        std::array<int, 32> ones{};
-        int count = 0;
-        for (int j = 0; j < keys; ++j) {
-          if (seen[static_cast<std::size_t>(i) * keys + j] == 0) continue;
-          ++count;
-          for (int d = 0; d < 32; ++d) ones[d] += (c.cu_k[b] + j) >> d & 1;
-        }
-        for (int d = 0; d < 32; ++d) {
-          const double expected = count == 0 ? 0 : static_cast<double>(ones[d]) / count;
-          ASSERT_NEAR(c.out.get(c.cu_q[b] + i, c.heads - 1, d), expected, 6e-4) << c.describe();
-        }
-      }
-    }
+    ASSERT_EQ(judge_bits_probe(c), "");
   }
-}
-
-std::vector<std::byte> bytes_of(const HostTensor& t) {
-  const auto* data = static_cast<const std::byte*>(t.data());
-  return {data, data + t.size_bytes()};
 }
 
 TEST_F(Forward, AThousandRunsAreBitIdentical) {
@@ -107,36 +64,6 @@ TEST_F(Forward, AThousandRunsAreBitIdentical) {
   }
 }
 
-/// Sequence b of a case as a case of its own.
-RandomCase alone(const RandomCase& c, int b) {
-  RandomCase one = c;
-  const int q0 = c.cu_q[b];
-  const int k0 = c.cu_k[b];
-  one.total_q = c.cu_q[b + 1] - q0;
-  one.total_k = c.cu_k[b + 1] - k0;
-  one.cu_q = {0, one.total_q};
-  one.cu_k = {0, one.total_k};
-  one.start.assign(c.start.begin() + q0, c.start.begin() + q0 + one.total_q);
-  one.end.assign(c.end.begin() + k0, c.end.begin() + k0 + one.total_k);
-  one.first.assign(c.first.begin() + k0, c.first.begin() + k0 + one.total_k);
-  one.len.assign(c.len.begin() + k0, c.len.begin() + k0 + one.total_k);
-  for (int& row : one.first) row -= q0;
-  const auto part = [](const HostTensor& from, int t0, int tokens) {
-    HostTensor to(from.dtype(), tokens, from.heads(), from.dim());
-    for (int t = 0; t < tokens; ++t) {
-      for (int h = 0; h < from.heads(); ++h) {
-        for (int d = 0; d < from.dim(); ++d) to.set(t, h, d, from.get(t0 + t, h, d));
-      }
-    }
-    return to;
-  };
-  one.q = part(c.q, q0, one.total_q);
-  one.k = part(c.k, k0, one.total_k);
-  one.v = part(c.v, k0, one.total_k);
-  one.out = part(c.out, q0, one.total_q);
-  return one;
-}
-
 TEST_F(Forward, ATreeAloneIsBitIdenticalToItAmongOthers) {
   int compared = 0;
   for (std::uint64_t seed = 600; seed < 640; ++seed) {
@@ -150,20 +77,46 @@ TEST_F(Forward, ATreeAloneIsBitIdenticalToItAmongOthers) {
       DeviceCase on(one, false);
       std::vector<float> one_lse;
       on.forward(one, one_lse);
-      for (int t = 0; t < one.total_q; ++t) {
-        for (int h = 0; h < one.heads; ++h) {
-          for (int d = 0; d < one.head_dim_v; ++d) {
-            ASSERT_EQ(one.out.get(t, h, d), c.out.get(c.cu_q[b] + t, h, d)) << c.describe();
-          }
-          ASSERT_EQ(
-              std::bit_cast<int>(one_lse[static_cast<std::size_t>(h) * one.total_q + t]),
-              std::bit_cast<int>(lse[static_cast<std::size_t>(h) * c.total_q + c.cu_q[b] + t]));
-        }
-      }
+      ASSERT_EQ(judge_same_rows(one, one_lse, 0, one.total_q, c, lse, c.cu_q[b]), "");
       ++compared;
     }
   }
   EXPECT_GT(compared, 40);
+}
+
+TEST_F(Forward, FiniteGarbageInUnseenTokensChangesNoBit) {
+  for (const DType dtype : {DType::kF16, DType::kBF16}) {
+    const RandomCase sound = several_trees(dtype);
+    for (const double share : {0.1, 0.5, 1.0}) {
+      RandomCase clean = sound;
+      std::vector<float> clean_lse;
+      DeviceCase(clean, false).forward(clean, clean_lse);
+      RandomCase dirty = sound;
+      const int rows = sound.cu_q[2] - sound.cu_q[1];
+      const int row = sound.cu_q[1] + static_cast<int>(share * (rows - 1));
+      ASSERT_GT(spoil_unseen(dirty, 1, row, finite_garbage(dtype)), 0);
+      std::vector<float> dirty_lse;
+      DeviceCase(dirty, false).forward(dirty, dirty_lse);
+      ASSERT_EQ(judge_same_rows(dirty, dirty_lse, row, 1, clean, clean_lse, row), "");
+    }
+  }
+}
+
+TEST_F(Forward, NonFiniteNumbersStayInsideTheirSequence) {
+  for (const double poison : {std::nan(""), static_cast<double>(-kMinusInfinity)}) {
+    RandomCase c = several_trees(DType::kBF16);
+    RandomCase clean = c;
+    std::vector<float> clean_lse;
+    DeviceCase(clean, false).forward(clean, clean_lse);
+    spoil(c.q, c.cu_q[1], c.cu_q[2], poison);
+    spoil(c.k, c.cu_k[1], c.cu_k[2], poison);
+    spoil(c.v, c.cu_k[1], c.cu_k[2], poison);
+    std::vector<float> lse;
+    DeviceCase(c, false).forward(c, lse);
+    const int after = c.cu_q[2];
+    ASSERT_EQ(judge_same_rows(c, lse, 0, c.cu_q[1], clean, clean_lse, 0), "");
+    ASSERT_EQ(judge_same_rows(c, lse, after, c.total_q - after, clean, clean_lse, after), "");
+  }
 }
 
 TEST_F(Forward, AnInvalidTreeIsNaNAndOnlyThat) {

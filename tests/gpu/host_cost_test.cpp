@@ -1,0 +1,186 @@
+// What a call costs on the host: no allocation on either side, no wait for the device, few
+// microseconds. Also calls from several threads at once.
+#include <dlfcn.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <semaphore>
+#include <thread>
+#include <vector>
+
+#include "tests/gpu/forward_bar.h"
+#include "tests/support/allocation_counter.h"
+#include "tests/support/device_case.h"
+
+namespace treeattn::testing {
+namespace {
+
+class HostCost : public GpuTest {};
+
+/// A driver function that the library itself has no use for.
+template <class Function>
+Function driver_function(const char* name) {
+  void* const library = dlopen(driver().path.c_str(), RTLD_NOW | RTLD_NOLOAD);
+  if (library == nullptr) throw Error(ErrorCode::kNotFound, "the driver is not loaded");
+  void* const address = dlsym(library, name);
+  if (address == nullptr) throw Error(ErrorCode::kNotFound, name);
+  return reinterpret_cast<Function>(address);
+}
+
+std::size_t free_device_bytes() {
+  static const auto info =
+      driver_function<CUresult(CUDAAPI*)(std::size_t*, std::size_t*)>("cuMemGetInfo_v2");
+  std::size_t free = 0;
+  std::size_t total = 0;
+  check(info(&free, &total), "cuMemGetInfo");
+  return free;
+}
+
+/// Keeps a stream busy until released; gives up after a while, so that a call which waits for the
+/// stream fails its test instead of hanging it.
+class BlockedStream {
+ public:
+  BlockedStream() {
+    static const auto launch_host =
+        driver_function<CUresult(CUDAAPI*)(CUstream, CUhostFn, void*)>("cuLaunchHostFunc");
+    check(launch_host(stream_.get(), &BlockedStream::wait, this), "cuLaunchHostFunc");
+  }
+  ~BlockedStream() { release(); }
+  BlockedStream(const BlockedStream&) = delete;
+  BlockedStream& operator=(const BlockedStream&) = delete;
+
+  CUstream get() const { return stream_.get(); }
+  /// Lets the stream go on and waits for it. False: nobody released it in time.
+  bool release() {
+    gate_.release();
+    stream_.synchronize();
+    return in_time_;
+  }
+
+ private:
+  static void CUDA_CB wait(void* self) {
+    auto& blocked = *static_cast<BlockedStream*>(self);
+    blocked.in_time_ = blocked.gate_.try_acquire_for(std::chrono::seconds(20));
+  }
+
+  StreamOwner stream_;
+  std::counting_semaphore<16> gate_{0};
+  bool in_time_ = false;
+};
+
+RandomCase tree_case() {
+  RandomCaseOptions options;
+  options.dtype = DType::kBF16;
+  options.head_dim = 128;
+  options.head_dim_v = 128;
+  options.softcap = false;
+  options.lowering = Lowering::kTree;
+  for (std::uint64_t seed = 0;; ++seed) {
+    RandomCase c = random_case(seed, options);
+    if (std::min(c.cu_q.back(), c.cu_k.back()) > 500) return c;
+  }
+}
+
+/// A case on the device with its kernels loaded and its plan built.
+struct Ready {
+  RandomCase c = tree_case();
+  DeviceCase on{c, false};
+  GuardedBuffer cu_q{c.cu_q}, cu_k{c.cu_k}, start{c.start}, end{c.end};
+  std::vector<float> lse;
+  ForwardArgs args = on.forward_args(c);
+
+  Ready() { on.forward(c, lse); }
+  PlanInputs inputs() const {
+    PlanInputs in;
+    in.cu_seqlens_q = cu_q.as<int>();
+    in.cu_seqlens_k = cu_k.as<int>();
+    in.tree_dfs_order_start_q = start.as<int>();
+    in.tree_dfs_order_end_k = end.as<int>();
+    return in;
+  }
+};
+
+TEST_F(HostCost, AHotForwardCallAllocatesNothingAndIsCheap) {
+  const Ready r;
+  const StreamOwner stream;
+  for (int n = 0; n < 10; ++n) gpu_engine().forward(r.args, stream.get());
+  stream.synchronize();
+  const std::size_t free_bytes = free_device_bytes();
+  std::vector<double> us;
+  long allocations = 0;
+  for (int n = 0; n < 500; ++n) {
+    const auto begin = std::chrono::steady_clock::now();
+    allocations += test::count_allocations([&] { gpu_engine().forward(r.args, stream.get()); });
+    us.push_back(std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - begin)
+                     .count());
+    if (n % 50 == 49) stream.synchronize();
+  }
+  std::ranges::sort(us);
+  const double median = us[us.size() / 2];
+  std::printf("hot forward call: median %.2f us of host time\n", median);
+  RecordProperty("hot_forward_call_us", std::to_string(median));
+  EXPECT_EQ(allocations, 0);
+  EXPECT_EQ(free_device_bytes(), free_bytes);
+  EXPECT_LT(median, 50);
+}
+
+TEST_F(HostCost, BuildingAPlanAllocatesNothing) {
+  const Ready r;
+  const StreamOwner stream;
+  const std::size_t free_bytes = free_device_bytes();
+  const PlanInputs inputs = r.inputs();
+  const long allocations = test::count_allocations(
+      [&] { gpu_engine().build_plan(r.on.plan(), inputs, r.on.plan_buffer(), stream.get()); });
+  stream.synchronize();
+  EXPECT_EQ(allocations, 0);
+  EXPECT_EQ(free_device_bytes(), free_bytes);
+}
+
+TEST_F(HostCost, CallsReturnWhileTheDeviceIsStillBusy) {
+  static const auto query = driver_function<CUresult(CUDAAPI*)(CUstream)>("cuStreamQuery");
+  const Ready r;
+  BlockedStream stream;
+  for (int n = 0; n < 20; ++n) {
+    gpu_engine().build_plan(r.on.plan(), r.inputs(), r.on.plan_buffer(), stream.get());
+    gpu_engine().forward(r.args, stream.get());
+  }
+  EXPECT_EQ(query(stream.get()), CUDA_ERROR_NOT_READY);
+  EXPECT_TRUE(stream.release()) << "a call waited for the device";
+}
+
+// Each thread has its own stream, plan and output; all share the engine and the inputs.
+TEST_F(HostCost, ThreadsPlanAndRunAtOnce) {
+  constexpr int kThreads = 8;
+  const Ready r;
+  const std::vector<std::byte> expected = bytes_of(r.c.out);
+  std::vector<std::vector<std::byte>> got(kThreads, std::vector<std::byte>(expected.size()));
+  std::vector<std::jthread> threads;
+  for (int t = 0; t < kThreads; ++t) {
+    threads.emplace_back([&, t] {
+      Engine& engine = gpu_engine();
+      const StreamOwner stream;
+      const GuardedBuffer plan_buffer(plan_bytes(r.on.plan()));
+      HostTensor poison = r.c.out;
+      poison.fill(std::nan(""));
+      const GuardedBuffer out(poison);
+      ForwardArgs args = r.args;
+      args.plan_buffer = plan_buffer.as<int>();
+      args.out.data = out.as();
+      args.lse = nullptr;
+      for (int n = 0; n < 20; ++n) {
+        engine.build_plan(r.on.plan(), r.inputs(), plan_buffer.as<int>(), stream.get());
+        engine.forward(args, stream.get());
+      }
+      stream.synchronize();
+      out.download(got[t].data(), got[t].size());
+    });
+  }
+  threads.clear();
+  for (const auto& bytes : got) EXPECT_EQ(bytes, expected);
+}
+
+}  // namespace
+}  // namespace treeattn::testing
