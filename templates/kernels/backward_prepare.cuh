@@ -3,8 +3,8 @@
 //
 // Work      a power of two of neighbouring lanes serves one row of one head; grid (1 + rows,
 // heads).
-//           The first block makes the schedule: tiles that cost more than what every slot of the
-//           chip has to do on average are shared by several blocks.
+//           The first block makes the schedule: tiles that cost a quarter more than what every slot
+//           of the chip has to do on average are shared by several blocks.
 // Pipeline  none: rows are read once, in 16-byte chunks.
 // Shared    a few words for the schedule's sums.
 #pragma once
@@ -78,10 +78,8 @@ __device__ __forceinline__ void make_schedule(const BackwardParams& p) {
     const int index = base + lane;
     int shares = 1;
     if (index < min(tiles, p.max_split)) {
-      const i64 row_tiles = tile_steps(p, index);
-      const i64 steps = row_tiles * p.heads_per_kv;
-      const i64 wanted = steps > 2 * fair ? (steps + target - 1) / target : 1;
-      shares = static_cast<int>(wanted < row_tiles ? wanted : row_tiles);
+      const i64 steps = static_cast<i64>(tile_steps(p, index)) * p.heads_per_kv;
+      if (steps > 2 * fair + fair / 2) shares = static_cast<int>((steps + target - 1) / target);
     }
     int sum = shares;
 #pragma unroll

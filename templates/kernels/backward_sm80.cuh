@@ -2,7 +2,7 @@
 // contributions.
 //
 // Work      one block = one key tile of the plan (block_n keys) x one kv head, or a share of its
-//           rows where a tile is heavier than what a block should do (backward_prepare.cuh). K and
+//           steps where a tile is heavier than what a block should do (backward_prepare.cuh). K and
 //           V stay in shared memory, dK and dV in registers; the block walks the query rows that
 //           its keys' intervals span, [min_first, max_last], for each query head in turn. Blocks
 //           are ordered heavy tiles first.
@@ -61,6 +61,13 @@ using QkRows = SwizzledRows<kDim / 8>;
 using VRows = SwizzledRows<kDimV / 8>;
 using PRows = SwizzledRows<kN / 8>;
 
+/// How many of a warp's 16-dim tiles exist, of kTotal dealt out kEach by kEach. A constant where
+/// they divide evenly: a branch around every MMA would keep the compiler from interleaving them.
+template <int kTotal, int kParts, int kEach>
+__device__ __forceinline__ int existing_pairs(int part) {
+  return kTotal % kParts == 0 ? kEach : min(kEach, kTotal - part * kEach);
+}
+
 /// Lane patterns of ldmatrix. `A`: row lane % 16, chunk half lane / 16 (A operands as stored, B
 /// operands transposed). `B`: row 0-7 twice then 8-15 twice, halves alternating (B operands as
 /// stored, A operands transposed).
@@ -86,25 +93,28 @@ __device__ __forceinline__ void clear(float (&c)[kTiles][kPairs * 2][4], float t
   }
 }
 
-/// c += A B for one 16-deep step: A's tiles lie kRowStep bytes apart, B's pairs are given by
-/// `load_b`.
-template <int kTiles, int kPairs, class LoadA, class LoadB>
-__device__ __forceinline__ void multiply_step(float (&c)[kTiles][kPairs * 2][4], int pairs,
-                                              LoadA load_a, LoadB load_b) {
-  u32 a[kTiles][4];
+/// c += A B over kSteps 16-deep steps. `load_a` and `load_b` fetch operands by step and tile; of B,
+/// `pairs` 16-wide tiles exist.
+template <int kSteps, int kTiles, int kPairs, class LoadA, class LoadB>
+__device__ __forceinline__ void multiply(float (&c)[kTiles][kPairs * 2][4], int pairs, LoadA load_a,
+                                         LoadB load_b) {
 #pragma unroll
-  for (int m = 0; m < kTiles; ++m) load_a(a[m], m);
+  for (int step = 0; step < kSteps; ++step) {
+    u32 a[kTiles][4];
 #pragma unroll
-  for (int n = 0; n < kPairs; ++n) {
-    if (n < pairs) {
-      u32 b[4];
-      load_b(b, n);
-      const u32 b0[2] = {b[0], b[1]};
-      const u32 b1[2] = {b[2], b[3]};
+    for (int m = 0; m < kTiles; ++m) load_a(a[m], step, m);
 #pragma unroll
-      for (int m = 0; m < kTiles; ++m) {
-        mma_m16n8k16(c[m][n * 2], a[m], b0);
-        mma_m16n8k16(c[m][n * 2 + 1], a[m], b1);
+    for (int n = 0; n < kPairs; ++n) {
+      if (n < pairs) {
+        u32 b[4];
+        load_b(b, step, n);
+        const u32 b0[2] = {b[0], b[1]};
+        const u32 b1[2] = {b[2], b[3]};
+#pragma unroll
+        for (int m = 0; m < kTiles; ++m) {
+          mma_m16n8k16(c[m][n * 2], a[m], b0);
+          mma_m16n8k16(c[m][n * 2 + 1], a[m], b1);
+        }
       }
     }
   }
@@ -138,17 +148,14 @@ __device__ __forceinline__ void scores(float (&c)[kScoreRows][kScorePairs * 2][4
   clear<kScoreRows, kScorePairs>(c);
   const u32 a_lane = Rows::lane_address(x, at.score_row() + row_a(at.lane), half_a(at.lane));
   const u32 b_lane = Rows::lane_address(y, at.score_key() + row_b(at.lane), half_b(at.lane));
-#pragma unroll
-  for (int step = 0; step < kSteps; ++step) {
-    multiply_step<kScoreRows, kScorePairs>(
-        c, kScorePairs,
-        [&](u32(&a)[4], int m) {
-          ldmatrix_x4(a, Rows::at(a_lane, step * 2) + m * 16 * Rows::kRowBytes);
-        },
-        [&](u32(&b)[4], int n) {
-          ldmatrix_x4(b, Rows::at(b_lane, step * 2) + n * 16 * Rows::kRowBytes);
-        });
-  }
+  multiply<kSteps, kScoreRows, kScorePairs>(
+      c, kScorePairs,
+      [&](u32(&a)[4], int step, int m) {
+        ldmatrix_x4(a, Rows::at(a_lane, step * 2) + m * 16 * Rows::kRowBytes);
+      },
+      [&](u32(&b)[4], int step, int n) {
+        ldmatrix_x4(b, Rows::at(b_lane, step * 2) + n * 16 * Rows::kRowBytes);
+      });
 }
 
 /// c += P^T X for this warp's keys and half of the dims: P [rows][keys] and X [rows][dims] in
@@ -158,19 +165,16 @@ __device__ __forceinline__ void gradient(float (&c)[kKeyRows][kPairs * 2][4], co
                                          u32 p, u32 x, int pairs) {
   const u32 key_chunk = at.grad_key() / 8;
   const u32 dim_chunk = at.grad_half() * kPairs * 2;
-#pragma unroll
-  for (int step = 0; step < kM / 16; ++step) {
-    multiply_step<kKeyRows, kPairs>(
-        c, pairs,
-        [&](u32(&a)[4], int m) {
-          ldmatrix_x4_trans(a, p + PRows::offset(step * 16 + row_b(at.lane),
-                                                 key_chunk + m * 2 + half_b(at.lane)));
-        },
-        [&](u32(&b)[4], int n) {
-          ldmatrix_x4_trans(
-              b, x + Rows::offset(step * 16 + row_a(at.lane), dim_chunk + n * 2 + half_a(at.lane)));
-        });
-  }
+  multiply<kM / 16, kKeyRows, kPairs>(
+      c, pairs,
+      [&](u32(&a)[4], int step, int m) {
+        ldmatrix_x4_trans(
+            a, p + PRows::offset(step * 16 + row_b(at.lane), key_chunk + m * 2 + half_b(at.lane)));
+      },
+      [&](u32(&b)[4], int step, int n) {
+        ldmatrix_x4_trans(
+            b, x + Rows::offset(step * 16 + row_a(at.lane), dim_chunk + n * 2 + half_a(at.lane)));
+      });
 }
 
 /// Hands out accumulators as f32: each lane's four values of a 16-dim pair lie side by side, so
@@ -203,20 +207,23 @@ __device__ __forceinline__ void add_dq(const Place& at, float* dq, int row0, int
   float c[kDqRows][kDqPairs * 2][4];
   clear<kDqRows, kDqPairs>(c);
   const int pair0 = static_cast<int>(at.dq_part()) * kDqPairs;
-  const int pairs = min(kDqPairs, kDim / 16 - pair0);
+  const int pairs = existing_pairs<kDim / 16, kSide, kDqPairs>(static_cast<int>(at.dq_part()));
   const u32 ds_lane = PRows::lane_address(at.smem + kConfig.ds_offset(),
                                           at.dq_row() + row_a(at.lane), half_a(at.lane));
+  constexpr int kGroupSteps = kGroupKeys / 16;
 #pragma unroll
-  for (int step = 0; step < kN / 16; ++step) {
-    if ((seen >> (step * 16 / kGroupKeys) & 1) == 0) continue;
-    multiply_step<kDqRows, kDqPairs>(
+  for (int group = 0; group < kSide; ++group) {
+    if ((seen >> group & 1) == 0) continue;
+    multiply<kGroupSteps, kDqRows, kDqPairs>(
         c, pairs,
-        [&](u32(&a)[4], int m) {
-          ldmatrix_x4(a, PRows::at(ds_lane, step * 2) + m * 16 * PRows::kRowBytes);
+        [&](u32(&a)[4], int step, int m) {
+          ldmatrix_x4(
+              a, PRows::at(ds_lane, (group * kGroupSteps + step) * 2) + m * 16 * PRows::kRowBytes);
         },
-        [&](u32(&b)[4], int n) {
-          ldmatrix_x4_trans(b, at.smem + QkRows::offset(step * 16 + row_a(at.lane),
-                                                        (pair0 + n) * 2 + half_a(at.lane)));
+        [&](u32(&b)[4], int step, int n) {
+          const int key = (group * kGroupSteps + step) * 16;
+          ldmatrix_x4_trans(
+              b, at.smem + QkRows::offset(key + row_a(at.lane), (pair0 + n) * 2 + half_a(at.lane)));
         });
   }
   const u32 row = at.dq_row() + at.lane / 4;
@@ -336,12 +343,12 @@ __device__ __forceinline__ void store_scores(const float (&s)[kScoreRows][kScore
 struct Work {
   int key0, keys;
   int kv_head, unit;   ///< unit: -1 if the tile is this block's alone
-  int row0, row_last;  ///< rows of this block that may see the keys: none if row_last is -1
-  int head0, heads;    ///< query heads
+  int row0, row_last;  ///< rows that may see the keys: none if row_last is -1
+  int begin, end;      ///< steps of this block, over row tiles and then query heads
 
   __device__ __forceinline__ void store(u32 smem) const {
     st_shared_int4(smem + kConfig.work_offset(), Int4{key0, keys, kv_head, unit});
-    st_shared_int4(smem + kConfig.work_offset() + 16, Int4{row0, row_last, head0, heads});
+    st_shared_int4(smem + kConfig.work_offset() + 16, Int4{row0, row_last, begin, end});
   }
   __device__ __forceinline__ static Work load(u32 smem) {
     const Int4 a = ld_shared_int4(smem + kConfig.work_offset());
@@ -388,16 +395,10 @@ __device__ __forceinline__ bool assign(const BackwardParams& p, Work& work, bool
   work.keys = order.z;
   work.row0 = bounds.x;
   work.row_last = invalid ? -1 : bounds.y;
-  work.head0 = work.kv_head * p.heads_per_kv;
-  work.heads = p.heads_per_kv;
-  if (unit.shares > 1 && !invalid) {
-    // By rows, not by heads: what runs at once then reads the same heads, which the L2 holds.
-    const i64 tiles = (bounds.y - bounds.x + kM) / kM;
-    const int begin = static_cast<int>(unit.share * tiles / unit.shares) * kM;
-    const int end = static_cast<int>((unit.share + 1) * tiles / unit.shares) * kM;
-    work.row0 = bounds.x + begin;
-    work.row_last = min(bounds.y, bounds.x + end - 1);
-  }
+  const i64 steps =
+      bounds.y < 0 ? 0 : static_cast<i64>((bounds.y - bounds.x + kM) / kM) * p.heads_per_kv;
+  work.begin = static_cast<int>(unit.share * steps / unit.shares);
+  work.end = static_cast<int>((unit.share + 1) * steps / unit.shares);
   return true;
 }
 
@@ -515,17 +516,23 @@ __device__ __forceinline__ u32 seen_groups(u32 smem, int first, int last) {
 /// The walk over the row tiles of one query head after the other.
 struct Walk {
   int head, row0;
-  int heads_left;  ///< the present one included
+  int left;  ///< steps to go, this one included
 
-  __device__ __forceinline__ explicit Walk(const Work& work)
-      : head(work.head0), row0(work.row0), heads_left(work.heads) {}
+  __device__ __forceinline__ Walk(const Work& work, int heads_per_kv) {
+    const int tiles = (work.row_last - work.row0 + kM) / kM;
+    const int head_in_group = work.begin / tiles;
+    head = work.kv_head * heads_per_kv + head_in_group;
+    row0 = work.row0 + (work.begin - head_in_group * tiles) * kM;
+    left = work.end - work.begin;
+  }
   __device__ __forceinline__ bool next(u32 smem) {
     const Int2 rows = ld_shared_int2(smem + kConfig.work_offset() + 16);
     row0 += kM;
-    if (row0 <= rows.y) return true;
-    row0 = rows.x;
-    ++head;
-    return --heads_left > 0;
+    if (row0 > rows.y) {
+      row0 = rows.x;
+      ++head;
+    }
+    return --left > 0;
   }
   __device__ __forceinline__ int rows(u32 smem) const {
     return min(kM, static_cast<int>(ld_shared_u32(smem + kConfig.work_offset() + 20)) + 1 - row0);
@@ -617,9 +624,9 @@ __device__ __forceinline__ void walk_rows(const BackwardParams& p, u32 smem, Wal
       const Place at(smem);
       const int half = static_cast<int>(at.grad_half());
       gradient<VRows, kDimVPairs>(dv, at, smem + kConfig.p_offset(), dout,
-                                  min(kDimVPairs, kDimV / 16 - half * kDimVPairs));
+                                  existing_pairs<kDimV / 16, 2, kDimVPairs>(half));
       gradient<QkRows, kDimPairs>(dk, at, smem + kConfig.ds_offset(), q,
-                                  min(kDimPairs, kDim / 16 - half * kDimPairs));
+                                  existing_pairs<kDim / 16, 2, kDimPairs>(half));
     }
     if (kStages == 1) {
       __syncthreads();
@@ -673,13 +680,13 @@ __device__ __forceinline__ void run(const BackwardParams& p) {
   float dv[kKeyRows][kDimVPairs * 2][4];
   clear<kKeyRows, kDimPairs>(dk, invalid ? quiet_nan() : 0.0f);
   clear<kKeyRows, kDimVPairs>(dv, invalid ? quiet_nan() : 0.0f);
-  const bool seen = work.row_last >= work.row0;
+  const bool seen = work.row_last >= 0 && work.begin < work.end;
   if (seen) {
     load_keys(p, work, smem);
     find_group_bounds(p, work, Place(smem));
   }
   __syncthreads();  // the work and the groups' bounds are stored
-  if (seen) walk_rows(p, smem, Walk(work), dk, dv);
+  if (seen) walk_rows(p, smem, Walk(work, p.heads_per_kv), dk, dv);
   store_tiles(p, Place(smem), dk, dv);
 }
 

@@ -62,8 +62,8 @@ struct ScheduleHeader {
   int kv_heads;  ///< kv heads that are walked together
   int unused;
 };
-/// One block's share of a tile: row tiles [share * R / shares, (share + 1) * R / shares) of its R,
-/// for every query head.
+/// One block's share of a tile: steps [share * S / shares, (share + 1) * S / shares) of its S, over
+/// row tiles and then query heads.
 struct ScheduleUnit {
   int tile;  ///< index in the plan's order
   int share;

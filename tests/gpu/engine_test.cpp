@@ -243,7 +243,7 @@ TEST_F(EngineOnGpu, BadArgumentsAreNamedBeforeAnythingIsLaunched) {
                                  "/bf16/d64v64/m64n16s1w4";
   EXPECT_THAT(refusal([&](ForwardArgs& a) { a.spec = other_tile; }),
               HasSubstr("holds no tile lists for 64x16 tiles"));
-  EXPECT_THAT(refusal([](ForwardArgs& a) { a.head_dim = a.head_dim_v = 128; }),
+  EXPECT_THAT(refusal([](ForwardArgs& a) { a.head_dim = a.head_dim_v = 256; }),
               HasSubstr("the plan holds no tile lists"));
   EXPECT_EQ(gpu_engine().stats().launches, launches);
 }
