@@ -51,13 +51,14 @@ std::vector<std::byte> draw(std::size_t count, std::uint64_t seed, const Convert
 }
 
 /// The plan's header, with tile lists for the kernel that will run.
-Plan header_for(const Engine& engine, const AttentionCase& problem, std::string_view spec) {
-  const Shape shape = problem.engine_shape();
+Plan header_for(const Engine& engine, const AttentionCase& problem, const RunOptions& options) {
+  const Shape shape = problem.engine_shape(options.backward);
   Plan plan = engine.plan_for(problem.total_q(), problem.total_k(), problem.batch(), {&shape, 1});
-  if (spec.empty()) return plan;
-  const TileConfig tile = parse_kernel_spec(spec).tile;
-  plan.num_views = 1;
-  plan.views[0] = {tile.block_m, tile.block_n};
+  if (options.spec.empty()) return plan;
+  const TileConfig tile = parse_kernel_spec(options.spec).tile;
+  // A plan for forward alone holds the one view that is used, so that making it costs no more.
+  if (!options.backward) plan.num_views = 0;
+  plan.views[plan.num_views++] = {tile.block_m, tile.block_n};
   return plan;
 }
 
@@ -102,9 +103,9 @@ std::vector<std::byte> normal_array(DType dtype, std::size_t count, std::uint64_
   throw Error(ErrorCode::kInternal, "unknown dtype");
 }
 
-Shape AttentionCase::engine_shape() const {
-  return {shape.dtype,         shape.heads,           shape.heads_kv,
-          shape.dims.head_dim, shape.dims.head_dim_v, shape.softcap > 0};
+Shape AttentionCase::engine_shape(bool backward) const {
+  return {shape.dtype,           shape.heads,       shape.heads_kv, shape.dims.head_dim,
+          shape.dims.head_dim_v, shape.softcap > 0, backward};
 }
 
 void fill_case(AttentionCase& problem, std::uint64_t seed) {
@@ -121,6 +122,8 @@ void fill_case(AttentionCase& problem, std::uint64_t seed) {
       shape.dtype, count(problem.total_k(), shape.heads_kv, shape.dims.head_dim), seeds.next());
   problem.v = normal_array(
       shape.dtype, count(problem.total_k(), shape.heads_kv, shape.dims.head_dim_v), seeds.next());
+  problem.dout = normal_array(
+      shape.dtype, count(problem.total_q(), shape.heads, shape.dims.head_dim_v), seeds.next());
 }
 
 AttentionCase make_case(const Workload& work, const CaseShape& shape, std::uint64_t seed) {
@@ -173,8 +176,8 @@ std::vector<std::byte> CaseRun::Memory::read(CUstream stream) const {
   return on_device_ ? device_.download_all<std::byte>(stream) : host_;
 }
 
-CaseRun::CaseRun(Engine& engine, const AttentionCase& problem, std::string_view spec)
-    : engine_(engine), spec_(spec), plan_(header_for(engine, problem, spec)) {
+CaseRun::CaseRun(Engine& engine, const AttentionCase& problem, const RunOptions& options)
+    : engine_(engine), spec_(options.spec), plan_(header_for(engine, problem, options)) {
   const bool gpu = engine.kind() == EngineKind::kCuda;
   const auto copy = [gpu](const auto& values) {
     return Memory(gpu, values.data(), bytes_of(values));
@@ -215,7 +218,45 @@ CaseRun::CaseRun(Engine& engine, const AttentionCase& problem, std::string_view 
   args_.plan_buffer = static_cast<const std::int32_t*>(plan_buffer_.data());
   args_.workspace = workspace_.data();
   args_.workspace_bytes = engine.forward_workspace_bytes(plan_, problem.engine_shape());
-  args_.spec = spec_;
+  if (options.backward) {
+    set_up_backward(problem, options);
+  } else {
+    args_.spec = spec_;
+  }
+}
+
+void CaseRun::set_up_backward(const AttentionCase& problem, const RunOptions& options) {
+  const bool gpu = engine_.kind() == EngineKind::kCuda;
+  dout_ = Memory(gpu, problem.dout.data(), problem.dout.size());
+  dq_ = Memory(gpu, problem.q.size());
+  dk_ = Memory(gpu, problem.k.size());
+  dv_ = Memory(gpu, problem.v.size());
+  const std::size_t bytes = engine_.backward_workspace_bytes(plan_, problem.engine_shape(true),
+                                                             options.deterministic, spec_);
+  backward_workspace_ = Memory(gpu, bytes);
+  BackwardArgs& b = backward_args_;
+  b.dtype = args_.dtype;
+  b.heads = args_.heads;
+  b.heads_kv = args_.heads_kv;
+  b.head_dim = args_.head_dim;
+  b.head_dim_v = args_.head_dim_v;
+  b.q = args_.q;
+  b.k = args_.k;
+  b.v = args_.v;
+  b.out = {args_.out.data, args_.out.token_stride, args_.out.head_stride};
+  b.dout = {dout_.data(), args_.out.token_stride, args_.out.head_stride};
+  b.lse = args_.lse;
+  b.dq = {dq_.data(), args_.q.token_stride, args_.q.head_stride};
+  b.dk = {dk_.data(), args_.k.token_stride, args_.k.head_stride};
+  b.dv = {dv_.data(), args_.v.token_stride, args_.v.head_stride};
+  b.softmax_scale = args_.softmax_scale;
+  b.softcap = args_.softcap;
+  b.deterministic = options.deterministic;
+  b.plan = &plan_;
+  b.plan_buffer = args_.plan_buffer;
+  b.workspace = backward_workspace_.data();
+  b.workspace_bytes = bytes;
+  b.spec = spec_;
 }
 
 void CaseRun::build_plan(Stream stream) {
@@ -233,12 +274,27 @@ void CaseRun::set_q(const std::vector<std::byte>& q) {
 }
 
 void CaseRun::poison() {
-  out_.fill_ones();
-  lse_.fill_ones();
+  for (Memory* memory : {&out_, &lse_, &dq_, &dk_, &dv_}) memory->fill_ones();
 }
 
 void CaseRun::forward(Stream stream) {
   engine_.forward(args_, stream);
+}
+
+void CaseRun::backward(Stream stream) {
+  engine_.backward(backward_args_, stream);
+}
+
+std::vector<std::byte> CaseRun::dq(Stream stream) const {
+  return dq_.read(static_cast<CUstream>(stream));
+}
+
+std::vector<std::byte> CaseRun::dk(Stream stream) const {
+  return dk_.read(static_cast<CUstream>(stream));
+}
+
+std::vector<std::byte> CaseRun::dv(Stream stream) const {
+  return dv_.read(static_cast<CUstream>(stream));
 }
 
 std::vector<std::byte> CaseRun::out(Stream stream) const {

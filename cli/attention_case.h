@@ -36,11 +36,12 @@ struct AttentionCase {
   double softmax_scale = 1;
   std::vector<std::int32_t> cu_q, cu_k, start, end;
   std::vector<std::byte> q, k, v;
+  std::vector<std::byte> dout;  ///< [total_q, heads, head_dim_v]
 
   int batch() const { return static_cast<int>(cu_q.size()) - 1; }
   std::int64_t total_q() const { return static_cast<std::int64_t>(start.size()); }
   std::int64_t total_k() const { return static_cast<std::int64_t>(end.size()); }
-  Shape engine_shape() const;
+  Shape engine_shape(bool backward = false) const;
 };
 
 /// The trees of a workload, every token a query and a key.
@@ -48,11 +49,17 @@ AttentionCase make_case(const Workload& work, const CaseShape& shape, std::uint6
 /// Fills q, k and v for the case's sizes.
 void fill_case(AttentionCase& problem, std::uint64_t seed);
 
-/// A case on an engine: tensors where the engine wants them, a plan, one forward at a time.
+/// What a case is run for.
+struct RunOptions {
+  std::string spec = {};  ///< kernel to use in place of the default; empty: the default
+  bool backward = false;  ///< gradients too
+  bool deterministic = false;
+};
+
+/// A case on an engine: tensors where the engine wants them, a plan, one pass at a time.
 class CaseRun {
  public:
-  /// `spec`: a kernel to use in place of the default; empty: the default.
-  CaseRun(Engine& engine, const AttentionCase& problem, std::string_view spec = {});
+  CaseRun(Engine& engine, const AttentionCase& problem, const RunOptions& options = {});
   CaseRun(const CaseRun&) = delete;
   CaseRun& operator=(const CaseRun&) = delete;
 
@@ -64,9 +71,14 @@ class CaseRun {
   /// Fills out and lse with NaN.
   void poison();
   void forward(Stream stream = nullptr);
+  /// Of a run with `backward`, after forward(): gradients for a dout of normal numbers.
+  void backward(Stream stream = nullptr);
 
   std::vector<std::byte> out(Stream stream = nullptr) const;
   std::vector<float> lse(Stream stream = nullptr) const;
+  std::vector<std::byte> dq(Stream stream = nullptr) const;
+  std::vector<std::byte> dk(Stream stream = nullptr) const;
+  std::vector<std::byte> dv(Stream stream = nullptr) const;
 
  private:
   /// Memory on the host or on the device, as the engine asks.
@@ -86,11 +98,15 @@ class CaseRun {
     DeviceBuffer device_;
   };
 
+  void set_up_backward(const AttentionCase& problem, const RunOptions& options);
+
   Engine& engine_;
   std::string spec_;
   Plan plan_;
   PlanInputs inputs_;
   ForwardArgs args_;
+  BackwardArgs backward_args_;
+  Memory dout_, dq_, dk_, dv_, backward_workspace_;
   Memory cu_q_, cu_k_, start_, end_, q_, k_, v_, out_, lse_, plan_buffer_, workspace_;
 };
 

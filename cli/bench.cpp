@@ -34,6 +34,8 @@ using Clock = std::chrono::steady_clock;
 struct BenchOptions {
   std::vector<std::string> workloads;
   std::string device = "gpu";
+  std::string passes = "fwd";
+  bool deterministic = false;
   std::string dtypes = "bf16";
   std::string head_dims = "128";
   int heads = 0;
@@ -145,6 +147,9 @@ struct Item {
   Workload work;
   CaseShape shape;
   std::string spec;  ///< empty: the default kernel
+  Pass pass = Pass::kForward;
+
+  bool backward() const { return pass == Pass::kBackward; }
 };
 
 /// The kernel that will run; empty on the CPU.
@@ -153,18 +158,20 @@ std::string kernel_of(const Session& session, const Item& item) {
   const DeviceInfo& device = session.device();
   const Shape shape{item.shape.dtype,         item.shape.heads,           item.shape.heads_kv,
                     item.shape.dims.head_dim, item.shape.dims.head_dim_v, item.shape.softcap > 0};
-  return to_string(default_spec(
-      problem_for(Pass::kForward, shape, target_for_device(device.major, device.minor))));
+  return to_string(
+      default_spec(problem_for(item.pass, shape, target_for_device(device.major, device.minor))));
 }
 
-/// Multiply-adds of the pairs that the mask allows, counted as two each, in both products.
+/// Multiply-adds of the pairs that the mask allows, counted as two each: two products forward, five
+/// backward.
 double useful_flops(const Item& item) {
-  return 2.0 * item.shape.heads * (item.shape.dims.head_dim + item.shape.dims.head_dim_v) *
+  return (item.backward() ? 5.0 : 2.0) * item.shape.heads *
+         (item.shape.dims.head_dim + item.shape.dims.head_dim_v) *
          static_cast<double>(item.work.visible_pairs());
 }
 
 struct Measurement {
-  Times forward, plan, both;
+  Times attention, plan, both;
   double host_us = 0;
 };
 
@@ -173,15 +180,17 @@ Measurement measure(Session& session, const Item& item, const BenchOptions& opti
       make_case(item.work, item.shape, static_cast<std::uint64_t>(options.seed));
   Stopwatch watch(session, options);
   const Stream stream = watch.stream();
-  CaseRun run(session.engine(), problem, item.spec);
+  CaseRun run(session.engine(), problem, {item.spec, item.backward(), options.deterministic});
   run.build_plan(stream);
   run.require_valid_plan(stream);
+  run.forward(stream);
+  const auto attend = [&] { item.backward() ? run.backward(stream) : run.forward(stream); };
   Measurement result;
-  result.forward = watch.measure([&] { run.forward(stream); }, &result.host_us);
+  result.attention = watch.measure(attend, &result.host_us);
   result.plan = watch.measure([&] { run.build_plan(stream); });
   result.both = watch.measure([&] {
     run.build_plan(stream);
-    run.forward(stream);
+    attend();
   });
   return result;
 }
@@ -198,7 +207,8 @@ Json item_json(const Session& session, const Item& item, const Measurement& foun
   json["version"] = library_version();
   json["templates_sha256"] = template_digest();
   json["spec"] = session.gpu() ? Json(kernel_of(session, item)) : Json(nullptr);
-  json["pass"] = "fwd";
+  json["pass"] = item.backward() ? "bwd" : "fwd";
+  if (item.backward()) json["deterministic"] = options.deterministic;
   json["workload"] = item.work.name;
   json["tokens"] = item.work.tokens();
   json["unshared_tokens"] = item.work.unshared_tokens();
@@ -211,14 +221,14 @@ Json item_json(const Session& session, const Item& item, const Measurement& foun
   json["softcap"] = item.shape.softcap;
   json["l2"] = options.cold_l2 ? "cold" : "warm";
   json["warmup"] = options.warmup;
-  json["reps"] = found.forward.ms.size();
+  json["reps"] = found.attention.ms.size();
   json["seed"] = options.seed;
   json["useful_flops"] = useful_flops(item);
-  json["forward_ms"] = times_json(found.forward);
-  json["useful_tflops"] = teraflops(item, found.forward.median());
+  json["attention_ms"] = times_json(found.attention);
+  json["useful_tflops"] = teraflops(item, found.attention.median());
   json["plan_ms"] = times_json(found.plan);
-  json["plan_and_forward_ms"] = times_json(found.both);
-  json["plan_and_forward_useful_tflops"] = teraflops(item, found.both.median());
+  json["plan_and_attention_ms"] = times_json(found.both);
+  json["plan_and_attention_useful_tflops"] = teraflops(item, found.both.median());
   if (session.gpu()) json["host_us"] = found.host_us;
   return json;
 }
@@ -226,6 +236,7 @@ Json item_json(const Session& session, const Item& item, const Measurement& foun
 Table make_table() {
   constexpr auto kRight = Table::Align::kRight;
   return Table({{"workload", Table::Align::kLeft, 20},
+                {"pass", Table::Align::kLeft, 4},
                 {"dtype", Table::Align::kLeft, 5},
                 {"head dim", kRight},
                 {"heads", kRight, 6},
@@ -240,14 +251,15 @@ Table make_table() {
 }
 
 Table::Cells cells_of(const Session& session, const Item& item, const Measurement& found) {
-  const double rate = teraflops(item, found.forward.median());
+  const double rate = teraflops(item, found.attention.median());
   return {item.work.name,
+          item.backward() ? "bwd" : "fwd",
           std::string(dtype_name(item.shape.dtype)),
           to_string(item.shape.dims),
           fmt::format("{}/{}", item.shape.heads, item.shape.heads_kv),
           format_count(item.work.tokens()),
-          format_ms(found.forward.median()),
-          format_ms(found.forward.min()),
+          format_ms(found.attention.median()),
+          format_ms(found.attention.min()),
           rate < 10 ? fmt::format("{:.3f}", rate) : fmt::format("{:.1f}", rate),
           format_ms(found.plan.median()),
           format_ms(found.both.median()),
@@ -273,8 +285,9 @@ CaseShape shape_for(const Workload& work, const BenchOptions& options) {
 
 CaseShape shape_for_spec(CaseShape shape, const std::string& text) {
   const Problem problem = parse_kernel_spec(text).problem;
-  if (problem.pass != Pass::kForward) {
-    throw UsageError(fmt::format("--spec: '{}' is not a forward kernel (fwd/...)", text));
+  if (problem.pass != Pass::kForward && problem.pass != Pass::kBackward) {
+    throw UsageError(
+        fmt::format("--spec: '{}' is not a forward or backward kernel (fwd/..., bwd/...)", text));
   }
   shape.dtype = problem.dtype == KernelDType::kF16 ? DType::kF16 : DType::kBF16;
   shape.dims = {problem.head_dim, problem.head_dim_v};
@@ -283,6 +296,17 @@ CaseShape shape_for_spec(CaseShape shape, const std::string& text) {
                                  problem.softcap ? "with" : "without", shape.softcap));
   }
   return shape;
+}
+
+std::vector<Pass> parse_passes(const std::string& text) {
+  std::vector<Pass> passes;
+  for (const std::string& part : split_list("--pass", text)) {
+    if (part != "fwd" && part != "bwd") {
+      throw UsageError(fmt::format("--pass: '{}' is not fwd or bwd", part));
+    }
+    passes.push_back(part == "fwd" ? Pass::kForward : Pass::kBackward);
+  }
+  return passes;
 }
 
 std::vector<Item> list_items(const BenchOptions& options, bool cpu) {
@@ -296,19 +320,21 @@ std::vector<Item> list_items(const BenchOptions& options, bool cpu) {
   }
   const std::vector<DType> dtypes = parse_dtypes("--dtype", options.dtypes, cpu);
   const std::vector<HeadDims> dims = parse_head_dims("--head-dim", options.head_dims);
+  const std::vector<Pass> passes = parse_passes(options.passes);
   std::vector<Item> items;
   for (const std::string& text : texts) {
     const Workload work = parse_workload(text);
     CaseShape shape = shape_for(work, options);
     for (const std::string& spec : options.specs) {
-      items.push_back({work, shape_for_spec(shape, spec), to_string(parse_kernel_spec(spec))});
+      const KernelSpec parsed = parse_kernel_spec(spec);
+      items.push_back({work, shape_for_spec(shape, spec), to_string(parsed), parsed.problem.pass});
     }
     if (!options.specs.empty()) continue;
     for (const DType dtype : dtypes) {
       for (const HeadDims& dim : dims) {
         shape.dtype = dtype;
         shape.dims = dim;
-        items.push_back({work, shape, {}});
+        for (const Pass pass : passes) items.push_back({work, shape, {}, pass});
       }
     }
   }
@@ -357,6 +383,10 @@ void add_bench(CLI::App& app, Action& action) {
       ->type_name("WORKLOAD");
   command->add_option("--device", options->device, "gpu (default), gpu:N, cpu or auto")
       ->type_name("DEVICE");
+  command->add_option("--pass", options->passes, "fwd, bwd or both; default fwd")
+      ->type_name("LIST");
+  command->add_flag("--deterministic", options->deterministic,
+                    "Gradients that are bit-identical from run to run");
   command->add_option("--dtype", options->dtypes, "f16, bf16; on the CPU f32 and f64 too")
       ->type_name("LIST");
   command->add_option("--head-dim", options->head_dims, "Head dims: 64,192/128; default 128")
@@ -393,6 +423,7 @@ void add_bench(CLI::App& app, Action& action) {
       "around each call.\n\n"
       "Examples:\n"
       "  treeattn bench chain:16384 fork:4096,16x1024 binary:9,64\n"
+      "  treeattn bench --pass fwd,bwd fork:4096,16x1024\n"
       "  treeattn bench --head-dim 64,128 --dtype f16,bf16 --json chain:8192\n"
       "  treeattn bench --device cpu fork:256,4x64");
   command->callback([options, &action] { action = [options] { return run_bench(*options); }; });

@@ -123,6 +123,7 @@ std::vector<Pass> parse_passes(const std::string& text) {
       passes.push_back(Pass::kForward);
     } else if (part == "bwd") {
       passes.push_back(Pass::kBackward);
+      passes.push_back(Pass::kBackwardDq);  // of deterministic mode
     } else if (part != "plan") {
       throw UsageError(fmt::format("--pass: '{}' is not fwd, bwd or plan", part));
     }

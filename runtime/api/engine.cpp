@@ -299,12 +299,12 @@ void Engine::forward(const ForwardArgs& args, Stream stream) {
 }
 
 std::size_t Engine::backward_workspace_bytes(const Plan& plan, const Shape& shape,
-                                             bool deterministic) const {
+                                             bool deterministic, std::string_view spec) const {
   const PlanShape header = to_plan_shape(plan);
   check_shape(shape, impl_->cuda());
   if (!impl_->cuda()) return 0;
   return treeattn::backward_workspace_bytes(header, shape,
-                                            impl_->kernel_spec(Pass::kBackward, shape),
+                                            impl_->kernel_spec(Pass::kBackward, shape, spec),
                                             impl_->device.sm_count, deterministic);
 }
 

@@ -7,6 +7,7 @@
 #include <mutex>
 #include <string>
 #include <thread>
+#include <tuple>
 #include <vector>
 
 #include "generator/generate.h"
@@ -48,26 +49,39 @@ bool knows(Target target) {
   return std::find(archs.begin(), archs.end(), target.cc) != archs.end();
 }
 
-class CompileMatrixSlow : public ::testing::TestWithParam<int> {};
+using PassAndTarget = std::tuple<Pass, int>;
+class CompileMatrixSlow : public ::testing::TestWithParam<PassAndTarget> {};
 
 TEST_P(CompileMatrixSlow, DefaultSpecsCompileWithoutSpills) {
   if (!has_nvrtc()) GTEST_SKIP() << "no NVRTC on this machine";
-  const Target target{static_cast<std::uint16_t>(GetParam()), false};
+  const auto& [pass, cc] = GetParam();
+  const Target target{static_cast<std::uint16_t>(cc), false};
   if (!knows(target)) GTEST_SKIP() << "this NVRTC does not compile for " << to_string(target);
-  for (const Compiled& compiled : compile_all(default_specs(Pass::kForward, target))) {
+  for (const Compiled& compiled : compile_all(default_specs(pass, target))) {
     const std::string text = to_string(compiled.spec);
     ASSERT_TRUE(compiled.result.artifact) << text << ": " << compiled.result.failure;
-    ASSERT_EQ(compiled.result.artifact->entries.size(), 1U);
-    const EntryFacts& facts = compiled.result.artifact->entries[0];
-    EXPECT_EQ(facts.spill_bytes, 0) << text;
-    EXPECT_GT(facts.registers, 32) << text << ": ptxas said nothing";
-    EXPECT_LE(blocks_per_sm(compiled.spec) * facts.threads * facts.registers, 65536) << text;
-    EXPECT_EQ(facts.static_smem_bytes, 0) << text;
+    ASSERT_EQ(compiled.result.artifact->entries.size(), pass == Pass::kBackward ? 4U : 1U);
+    for (const EntryFacts& facts : compiled.result.artifact->entries) {
+      EXPECT_EQ(facts.spill_bytes, 0) << text << " " << facts.name;
+      EXPECT_GT(facts.registers, 15) << text << ": ptxas said nothing";
+      if (facts.smem_bytes == 0) continue;
+      EXPECT_LE(blocks_per_sm(compiled.spec) * facts.threads * facts.registers, 65536) << text;
+      EXPECT_EQ(facts.static_smem_bytes, 0) << text;
+    }
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Targets, CompileMatrixSlow, ::testing::Values(80, 86, 87, 89, 90),
-                         [](const auto& target) { return "sm_" + std::to_string(target.param); });
+std::string point_name(const ::testing::TestParamInfo<PassAndTarget>& point) {
+  static const char* const kNames[] = {"plan", "fwd", "bwd", "bwd_dq"};
+  return std::string(kNames[static_cast<int>(std::get<0>(point.param))]) + "_sm_" +
+         std::to_string(std::get<1>(point.param));
+}
+
+INSTANTIATE_TEST_SUITE_P(Targets, CompileMatrixSlow,
+                         ::testing::Combine(::testing::Values(Pass::kForward, Pass::kBackward,
+                                                              Pass::kBackwardDq),
+                                            ::testing::Values(80, 86, 89, 90)),
+                         point_name);
 
 // Targets that run other specs' code paths or are newer than any GPU this was measured on.
 TEST(CompileSlow, OtherTargetsAndSoftcapCompile) {
@@ -78,7 +92,9 @@ TEST(CompileSlow, OtherTargetsAndSoftcapCompile) {
     specs.push_back(parse_kernel_spec(std::string("plan/sm80@") + target));
     for (const char* problem : {"f16/d64v64/softcap", "bf16/d128v128/softcap", "bf16/d256v256",
                                 "bf16/d192v128/softcap", "f16/d40v40"}) {
-      specs.push_back(parse_kernel_spec(std::string("fwd/sm80@") + target + "/" + problem));
+      for (const char* pass : {"fwd/sm80@", "bwd/sm80@", "bwd_dq/sm80@"}) {
+        specs.push_back(parse_kernel_spec(std::string(pass) + target + "/" + problem));
+      }
     }
   }
   ASSERT_FALSE(specs.empty());

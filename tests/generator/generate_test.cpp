@@ -26,7 +26,8 @@ using ::testing::StartsWith;
 constexpr const char* kText = "fwd/sm80@sm_90/bf16/d128v128/m128n64s2w4";
 
 TEST(Generate, SourceIsOneTextThatOpensWithItsSpec) {
-  for (const char* text : {kText, "plan/sm80@sm_90", "fwd/sm80@sm_86/f16/d72v72/softcap"}) {
+  for (const char* text : {kText, "plan/sm80@sm_90", "fwd/sm80@sm_86/f16/d72v72/softcap",
+                           "bwd/sm80@sm_90/bf16/d128v128", "bwd_dq/sm80@sm_80/f16/d64v64"}) {
     const KernelSpec spec = parse_kernel_spec(text);
     const GeneratedSource source = generate(spec);
     EXPECT_EQ(source.spec, spec);
@@ -52,6 +53,22 @@ TEST(Generate, EntriesAreDefinedWithTheirLaunchBounds) {
   }
 }
 
+TEST(Generate, BackwardEntriesAreInLaunchOrder) {
+  const GeneratedSource source =
+      generate(parse_kernel_spec("bwd/sm80@sm_90/bf16/d128v128/m64n128s2w8"));
+  ASSERT_EQ(source.entries.size(), 4U);
+  const std::string name = "treeattn_bwd_sm80_bf16_d128v128_m64n128s2w8";
+  EXPECT_EQ(source.entries[0].name, name + "_prepare");
+  EXPECT_EQ(source.entries[1].name, name);
+  EXPECT_EQ(source.entries[2].name, name + "_dq");
+  EXPECT_EQ(source.entries[3].name, name + "_dkdv");
+  EXPECT_THAT(source.text, HasSubstr("/*bulk_dq=*/true"));
+  const GeneratedSource older =
+      generate(parse_kernel_spec("bwd/sm80@sm_80/bf16/d128v128/m64n128s2w8"));
+  EXPECT_THAT(older.text, HasSubstr("/*bulk_dq=*/false"));
+  EXPECT_LT(older.entries[1].smem_bytes, source.entries[1].smem_bytes);
+}
+
 TEST(Generate, SourceIsTheSameEveryTime) {
   const KernelSpec spec = parse_kernel_spec(kText);
   EXPECT_EQ(generate(spec).text, generate(spec).text);
@@ -61,7 +78,8 @@ TEST(Generate, EverySpecHasItsOwnSource) {
   std::set<std::string> keys;
   std::size_t specs = 0;
   for (const int cc : {80, 90}) {
-    for (const KernelSpec& spec : default_specs(Pass::kForward, {static_cast<std::uint16_t>(cc), false})) {
+    for (const KernelSpec& spec :
+         default_specs(Pass::kForward, {static_cast<std::uint16_t>(cc), false})) {
       keys.insert(artifact_key(generate(spec), compile_options(spec)).hex());
       ++specs;
     }

@@ -32,11 +32,13 @@ TEST(KernelSpec, EveryDefaultSpecRoundTrips) {
   std::set<std::string> texts;
   std::unordered_set<KernelSpec, KernelSpecHash> specs;
   for (const ArchLimits& arch : known_targets()) {
-    for (const KernelSpec& spec : default_specs(Pass::kForward, arch.target)) {
-      const std::string text = to_string(spec);
-      EXPECT_EQ(parse_kernel_spec(text), spec) << text;
-      EXPECT_TRUE(texts.insert(text).second) << text << " names two specs";
-      EXPECT_TRUE(specs.insert(spec).second) << text;
+    for (const Pass pass : {Pass::kForward, Pass::kBackward, Pass::kBackwardDq}) {
+      for (const KernelSpec& spec : default_specs(pass, arch.target)) {
+        const std::string text = to_string(spec);
+        EXPECT_EQ(parse_kernel_spec(text), spec) << text;
+        EXPECT_TRUE(texts.insert(text).second) << text << " names two specs";
+        EXPECT_TRUE(specs.insert(spec).second) << text;
+      }
     }
   }
   EXPECT_GE(texts.size(), known_targets().size() * 2 * 31);

@@ -45,8 +45,11 @@ TEST(TileSpace, EveryPairOfHeadDimsHasALegalDefault) {
   for (const int cc : {80, 86, 90}) {
     for (int head_dim = 16; head_dim <= 256; head_dim += 8) {
       for (int head_dim_v = 16; head_dim_v <= 256; head_dim_v += 8) {
-        const Problem p = problem(head_dim, head_dim_v, cc);
-        EXPECT_EQ(refuse_tile(p, default_tile(p)), std::nullopt) << to_string(p);
+        Problem p = problem(head_dim, head_dim_v, cc);
+        for (const Pass pass : {Pass::kForward, Pass::kBackward, Pass::kBackwardDq}) {
+          p.pass = pass;
+          EXPECT_EQ(refuse_tile(p, default_tile(p)), std::nullopt) << to_string(p);
+        }
       }
     }
   }
@@ -93,6 +96,18 @@ TEST(TileSpace, TilesAreRefusedWithTheReason) {
   plan.pass = Pass::kPlan;
   EXPECT_EQ(reason(plan, {}), "");
   EXPECT_NE(reason(plan, {128, 64, 2, 4}), "");
+}
+
+TEST(TileSpace, BackwardTilesAreRefusedWithTheReason) {
+  Problem p = problem(128, 128);
+  p.pass = Pass::kBackward;
+  EXPECT_EQ(reason(p, {64, 128, 2, 8}), "");
+  EXPECT_THAT(reason(p, {64, 128, 2, 2}), HasSubstr("warps is 2, expected 4 or 8"));
+  EXPECT_THAT(reason(p, {64, 32, 2, 8}), HasSubstr("block_n is 32, expected a multiple of 64"));
+  EXPECT_THAT(reason(p, {128, 128, 2, 8}), HasSubstr("accumulators"));
+  p.pass = Pass::kBackwardDq;
+  EXPECT_EQ(reason(p, {64, 64, 2, 4}), "");
+  EXPECT_THAT(reason(p, {128, 64, 2, 4}), HasSubstr("own 32 rows, expected 16"));
 }
 
 TEST(TileSpace, CandidatesAreTheLegalTilesAndReasonsForTheRest) {

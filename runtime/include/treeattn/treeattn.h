@@ -172,8 +172,10 @@ class Engine {
 
   /// About 4 bytes x total_q x heads x (head_dim + 2) on a GPU, less where `deterministic`, more
   /// where a small batch needs several blocks for the heads of one kv head. Contents do not matter.
+  /// `spec`: the kernel that BackwardArgs::spec will name.
   std::size_t backward_workspace_bytes(const Plan& plan, const Shape& shape,
-                                       bool deterministic = false) const;
+                                       bool deterministic = false,
+                                       std::string_view spec = {}) const;
   /// Needs a plan that was made for shapes with `backward`.
   void backward(const BackwardArgs& args, Stream stream = nullptr);
 

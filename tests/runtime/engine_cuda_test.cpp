@@ -1,0 +1,446 @@
+// The CUDA engine over a driver and a compiler without a GPU: what it launches where, and what it
+// never does.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <filesystem>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "generator/tile_space.h"
+#include "runtime/attention/plan_cpu.h"
+#include "runtime/support/config.h"
+#include "templates/shared/params.h"
+#include "tests/support/allocation_counter.h"
+#include "tests/support/child_process.h"
+#include "tests/support/fake_driver.h"
+#include "tests/support/fake_nvrtc.h"
+#include "tests/support/log_capture.h"
+#include "tests/support/temp_dir.h"
+#include "treeattn/treeattn.h"
+
+namespace treeattn {
+namespace {
+
+using test::FakeDriver;
+using ::testing::ElementsAre;
+using ::testing::HasSubstr;
+using ::testing::IsEmpty;
+using ::testing::SizeIs;
+
+/// Engines keep their kernels in the user's cache folder; fake ones must never get there. The
+/// configuration is read once, so this happens before main().
+class PrivateCache : public ::testing::Environment {
+ public:
+  PrivateCache() {
+    setenv("TREEATTN_CACHE_DIR", dir_.path().c_str(), 1);
+    for (const char* name : {"TREEATTN_CACHE_PATH", "TREEATTN_JIT", "TREEATTN_CAPTURE_MISS",
+                             "TREEATTN_DUMP", "TREEATTN_TEMPLATE_DIR"}) {
+      unsetenv(name);
+    }
+  }
+  std::string path() const { return dir_.path().string(); }
+
+ private:
+  test::TempDir dir_;
+};
+const auto* const private_cache = static_cast<const PrivateCache*>(
+    ::testing::AddGlobalTestEnvironment(new PrivateCache));  // NOLINT(cert-err58-cpp)
+
+/// FakeNvrtc reads a kernel's name right after `void`.
+decltype(NvrtcTable::nvrtcCreateProgram) create_program = nullptr;
+nvrtcResult create_without_bounds(nvrtcProgram* program, const char* source, const char* name,
+                                  int headers, const char* const* texts, const char* const* names) {
+  constexpr std::string_view kBounds = "__launch_bounds__(";
+  std::string plain = source;
+  for (std::size_t at = plain.find(kBounds); at != std::string::npos; at = plain.find(kBounds)) {
+    plain.erase(at, plain.find(")\n", at) + 2 - at);
+  }
+  return create_program(program, plain.c_str(), name, headers, texts, names);
+}
+
+std::atomic<int> forbidden_calls{0};
+/// A driver function like this one that counts its calls as forbidden.
+template <class... Args>
+auto forbid(CUresult(CUDAAPI*)(Args...)) {
+  return +[](Args...) -> CUresult {
+    ++forbidden_calls;
+    return CUDA_ERROR_NOT_PERMITTED;
+  };
+}
+
+constexpr int kTotal = 1000;
+
+class CudaEngine : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    ASSERT_EQ(config().cache_dir, private_cache->path()) << "the cache folder is not private";
+    for (const auto& file : test::files_below(config().cache_dir)) std::filesystem::remove(file);
+    create_program = nvrtc_.table.nvrtcCreateProgram;
+    nvrtc_.table.nvrtcCreateProgram = create_without_bounds;
+  }
+
+  static Shape shape(int dim) { return {DType::kBF16, 4, 2, dim}; }
+  static KernelSpec spec(int dim) {
+    Problem problem;
+    problem.target = Target{90, false};
+    problem.head_dim = problem.head_dim_v = static_cast<std::uint16_t>(dim);
+    return default_spec(problem);
+  }
+  Plan plan_for(const Engine& engine, int dim) const {
+    const Shape one = shape(dim);
+    return engine.plan_for(kTotal, kTotal, 1, {&one, 1});
+  }
+  /// Good arguments; nothing behind the pointers is ever read.
+  ForwardArgs args(const Plan& plan, int dim) {
+    ForwardArgs a;
+    a.heads = 4;
+    a.heads_kv = 2;
+    a.head_dim = dim;
+    a.q = {memory_, 4 * dim, dim};
+    a.k = a.v = {memory_, 2 * dim, dim};
+    a.out = {memory_, 4 * dim, dim};
+    a.softmax_scale = 1;
+    a.plan = &plan;
+    a.plan_buffer = reinterpret_cast<const std::int32_t*>(memory_);
+    return a;
+  }
+  CUstream stream() { return reinterpret_cast<CUstream>(memory_ + 1); }
+
+  alignas(16) std::byte memory_[64]{};
+  test::FakeNvrtc nvrtc_;
+  FakeDriver driver_{2};
+};
+
+template <class Call>
+std::string refusal(Call&& call) {
+  try {
+    call();
+  } catch (const Error& error) {
+    return error.what();
+  }
+  return "accepted";
+}
+
+TEST_F(CudaEngine, SaysWhatItRunsOn) {
+  const Engine engine;
+  EXPECT_EQ(engine.kind(), EngineKind::kCuda);
+  EXPECT_EQ(engine.description(), "Fake GPU (compute capability 9.0, 132 SMs), kernels for sm_90");
+}
+
+TEST_F(CudaEngine, ForwardIsOneLaunchOnTheStream) {
+  Engine engine;
+  const Plan plan = plan_for(engine, 64);
+  driver_.launch_params_bytes = sizeof(ForwardParams);
+  engine.forward(args(plan, 64), stream());
+  const auto launches = driver_.launches();
+  ASSERT_THAT(launches, SizeIs(1));
+  const FakeDriver::Launch& seen = launches[0];
+  EXPECT_THAT(seen.entry, HasSubstr("fwd"));
+  EXPECT_THAT(seen.entry, HasSubstr("d64v64"));
+  EXPECT_EQ(seen.config.hStream, stream());
+  EXPECT_EQ(seen.context, driver_.context(0));
+  EXPECT_EQ(seen.config.blockDimX, spec(64).tile.warps * 32U);
+  EXPECT_EQ(seen.config.gridDimX % 4, 0U);
+  EXPECT_GE(seen.config.gridDimX, kTotal / spec(64).tile.block_m * 4U);
+  EXPECT_LE(static_cast<int>(seen.config.sharedMemBytes), driver_.smem_limit(seen.entry, 0));
+  ForwardParams params{};
+  std::memcpy(&params, seen.params.data(), sizeof params);
+  EXPECT_EQ(params.q, memory_);
+  EXPECT_EQ(params.q_token_stride, 4 * 64);
+  EXPECT_EQ(params.heads_per_kv, 2);
+  EXPECT_EQ(engine.stats().launches, 1U);
+}
+
+TEST_F(CudaEngine, NoQueriesMeansNoLaunch) {
+  Engine engine;
+  const Shape one = shape(64);
+  const Plan plan = engine.plan_for(0, 10, 1, {&one, 1});
+  engine.forward(args(plan, 64));
+  EXPECT_THAT(driver_.launches(), IsEmpty());
+}
+
+TEST_F(CudaEngine, BuildPlanLaunchesItsKernelsInOrder) {
+  Engine engine;
+  const Plan plan = plan_for(engine, 64);
+  PlanInputs inputs;
+  inputs.lowering = Lowering::kCausal;
+  inputs.cu_seqlens_q = inputs.cu_seqlens_k = reinterpret_cast<const std::int32_t*>(memory_);
+  engine.build_plan(plan, inputs, reinterpret_cast<std::int32_t*>(memory_), stream());
+  std::vector<std::string> entries;
+  for (const FakeDriver::Launch& launch : driver_.launches()) {
+    entries.push_back(launch.entry);
+    EXPECT_EQ(launch.config.hStream, stream());
+  }
+  EXPECT_THAT(entries, ElementsAre(HasSubstr("sequences"), HasSubstr("intervals"),
+                                   HasSubstr("key_tiles"), HasSubstr("query_tiles")));
+}
+
+TEST_F(CudaEngine, PrepareNamesKernelsAndWhereTheyCameFrom) {
+  Engine engine;
+  Shape one = shape(88);
+  const auto first = engine.prepare({&one, 1});
+  ASSERT_THAT(first, SizeIs(2));
+  EXPECT_EQ(first[0].spec, "plan/sm80@sm_90");
+  EXPECT_EQ(first[1].spec, to_string(spec(88)));
+  EXPECT_EQ(first[1].origin, "compiled");
+  const Stats after = engine.stats();
+  EXPECT_GE(after.compiles, 1U);
+  const auto again = engine.prepare({&one, 1});
+  EXPECT_EQ(again[0].origin, "memory");
+  EXPECT_EQ(again[1].origin, "memory");
+  EXPECT_EQ(engine.stats().compiles, after.compiles);
+  EXPECT_EQ(engine.stats().memory_hits, after.memory_hits + 2);
+  EXPECT_EQ(engine.stats().launches, 0U);
+  one.backward = true;
+  EXPECT_THAT(engine.prepare({&one, 1}), SizeIs(4));
+}
+
+TEST_F(CudaEngine, OnePlanServesEveryHeadDim) {
+  const Engine engine;
+  std::vector<Shape> shapes;
+  for (int dim = 16; dim <= 256; dim += 8) {
+    shapes.push_back(shape(dim));
+    shapes.back().backward = true;
+  }
+  const Plan plan = engine.plan_for(kTotal, kTotal, 1, shapes);
+  for (const Shape& each : shapes) {
+    const TileConfig tile = spec(each.head_dim).tile;
+    EXPECT_GE(find_view(to_plan_shape(plan), tile.block_m, tile.block_n), 0) << each.head_dim;
+  }
+}
+
+TEST_F(CudaEngine, ShapesThatNoKernelServesAreRefused) {
+  Engine engine;
+  const auto text = [&](Shape bad) {
+    const std::string planning = refusal([&] { engine.plan_for(1, 1, 1, {&bad, 1}); });
+    EXPECT_EQ(refusal([&] { engine.prepare({&bad, 1}); }), planning);
+    return planning;
+  };
+  EXPECT_THAT(text(shape(20)), HasSubstr("head_dim is 20, expected a multiple of 8"));
+  EXPECT_THAT(text({DType::kF32, 4, 2, 64}), HasSubstr("dtype is f32"));
+  EXPECT_THAT(text({DType::kF16, 4, 3, 64}), HasSubstr("heads is 4, expected a multiple"));
+  EXPECT_THAT(driver_.launches(), IsEmpty());
+}
+
+TEST_F(CudaEngine, ASpecMustBeLegalFitTheArgumentsAndHaveAView) {
+  Engine engine;
+  Plan plan = plan_for(engine, 64);
+  const auto text = [&](const char* name) {
+    ForwardArgs a = args(plan, 64);
+    a.spec = name;
+    return refusal([&] { engine.forward(a); });
+  };
+  EXPECT_THAT(text("fwd/sm80"), HasSubstr("fwd/sm80"));
+  EXPECT_THAT(text("fwd/sm80@sm_90/bf16/d64v64/m48n64s2w4"), HasSubstr("48"));
+  for (const char* other :
+       {"fwd/sm80@sm_80/bf16/d64v64/m64n32s2w4", "fwd/sm80@sm_90/f16/d64v64/m64n32s2w4",
+        "fwd/sm80@sm_90/bf16/d64v128/m64n32s2w4", "fwd/sm80@sm_90/bf16/d64v64/softcap/m64n32s2w4",
+        "bwd/sm80@sm_90/bf16/d64v64"}) {
+    EXPECT_THAT(text(other), HasSubstr("does not fit these arguments")) << other;
+  }
+  constexpr const char* kOther = "fwd/sm80@sm_90/bf16/d64v64/m64n16s1w4";
+  EXPECT_THAT(text(kOther), HasSubstr("holds no tile lists for 64x16 tiles"));
+  EXPECT_THAT(driver_.launches(), IsEmpty());
+  EXPECT_EQ(engine.stats().launches, 0U);
+  plan.views[plan.num_views++] = {64, 16};
+  EXPECT_EQ(text(kOther), "accepted");
+  ASSERT_THAT(driver_.launches(), SizeIs(1));
+  EXPECT_THAT(driver_.launches()[0].entry, HasSubstr("m64n16s1w4"));
+}
+
+TEST_F(CudaEngine, APlanForOtherHeadDimsIsRefused) {
+  Engine engine;
+  const Plan plan = plan_for(engine, 256);
+  EXPECT_THAT(refusal([&] { engine.forward(args(plan, 64)); }),
+              HasSubstr("the plan holds no tile lists"));
+  EXPECT_THAT(driver_.launches(), IsEmpty());
+}
+
+TEST_F(CudaEngine, WorksInItsOwnContextAndLeavesTheCallersAlone) {
+  Engine engine;
+  const Plan plan = plan_for(engine, 64);
+  driver_.make_current(driver_.context(1));
+  engine.forward(args(plan, 64));
+  EXPECT_EQ(driver_.current(), driver_.context(1));
+  EXPECT_EQ(driver_.context_depth(), 1U);
+  std::thread([&] {
+    engine.forward(args(plan, 64));
+    EXPECT_EQ(driver_.current(), nullptr);
+  }).join();
+  ForwardArgs bad = args(plan, 64);
+  bad.spec = "fwd/sm80@sm_90/bf16/d64v64/m64n16s1w4";
+  refusal([&] { engine.forward(bad); });
+  EXPECT_EQ(driver_.context_depth(), 1U);
+  ASSERT_THAT(driver_.launches(), SizeIs(2));
+  for (const auto& launch : driver_.launches()) EXPECT_EQ(launch.context, driver_.context(0));
+}
+
+std::atomic<int> retained{0};
+
+TEST_F(CudaEngine, WithoutACurrentContextItHoldsThePrimaryOne) {
+  retained = 0;
+  static const auto retain = driver_.table.cuDevicePrimaryCtxRetain;
+  driver_.table.cuDevicePrimaryCtxRetain = [](CUcontext* context, CUdevice device) {
+    ++retained;
+    return retain(context, device);
+  };
+  driver_.table.cuDevicePrimaryCtxRelease = [](CUdevice) {
+    --retained;
+    return CUDA_SUCCESS;
+  };
+  { const Engine current; }
+  EXPECT_EQ(retained, 0);
+  driver_.make_current(nullptr);
+  {
+    Engine engine;
+    EXPECT_EQ(retained, 1);
+    const Plan plan = plan_for(engine, 64);
+    Engine moved = std::move(engine);
+    moved.forward(args(plan, 64));
+    EXPECT_EQ(retained, 1);
+  }
+  EXPECT_EQ(retained, 0);
+  EXPECT_EQ(driver_.current(), nullptr);
+  EXPECT_EQ(driver_.launches().at(0).context, driver_.context(0));
+}
+
+TEST_F(CudaEngine, ACaptureSurvivesAColdKernelAndWarnsOnce) {
+  // The warning comes once a process: each run takes a head dim that no test has named before.
+  static int dim = 96;
+  dim += 8;
+  Engine engine;
+  const Plan plan = plan_for(engine, dim);
+  const test::LogCapture log;
+  driver_.set_capturing(stream(), true);
+  engine.forward(args(plan, dim), stream());
+  EXPECT_FALSE(driver_.capture_broken());
+  EXPECT_EQ(log.count("was not loaded before a stream was captured"), 1U) << log.text();
+  engine.forward(args(plan, dim), stream());
+  driver_.set_capturing(stream(), false);
+  EXPECT_EQ(log.count("captured"), 1U) << log.text();
+  EXPECT_THAT(driver_.launches(), SizeIs(2));
+}
+
+TEST_F(CudaEngine, APreparedKernelIsCapturedWithoutAWord) {
+  Engine engine;
+  const Shape one = shape(64);
+  engine.prepare({&one, 1});
+  const Plan plan = plan_for(engine, 64);
+  const test::LogCapture log;
+  driver_.set_capturing(stream(), true);
+  engine.forward(args(plan, 64), stream());
+  driver_.set_capturing(stream(), false);
+  EXPECT_FALSE(driver_.capture_broken());
+  EXPECT_THAT(log.messages(), IsEmpty()) << log.text();
+}
+
+TEST_F(CudaEngine, HotCallsNeitherAllocateNorWaitNorLoad) {
+  Engine engine;
+  const Plan plan = plan_for(engine, 64);
+  const ForwardArgs a = args(plan, 64);
+  PlanInputs inputs;
+  inputs.lowering = Lowering::kFull;
+  inputs.cu_seqlens_q = inputs.cu_seqlens_k = reinterpret_cast<const std::int32_t*>(memory_);
+  auto* buffer = reinterpret_cast<std::int32_t*>(memory_);
+  engine.build_plan(plan, inputs, buffer);
+  engine.forward(a);
+  DriverTable& d = driver_.table;
+  forbidden_calls = 0;
+  d.cuMemAlloc = forbid(d.cuMemAlloc);
+  d.cuMemFree = forbid(d.cuMemFree);
+  d.cuMemcpyHtoDAsync = forbid(d.cuMemcpyHtoDAsync);
+  d.cuMemcpyDtoHAsync = forbid(d.cuMemcpyDtoHAsync);
+  d.cuMemsetD32Async = forbid(d.cuMemsetD32Async);
+  d.cuMemsetD8Async = forbid(d.cuMemsetD8Async);
+  d.cuCtxSynchronize = forbid(d.cuCtxSynchronize);
+  d.cuStreamSynchronize = forbid(d.cuStreamSynchronize);
+  d.cuEventSynchronize = forbid(d.cuEventSynchronize);
+  d.cuEventCreate = forbid(d.cuEventCreate);
+  d.cuLibraryLoadData = forbid(d.cuLibraryLoadData);
+  d.cuKernelSetAttribute = forbid(d.cuKernelSetAttribute);
+  d.cuDeviceGetAttribute = forbid(d.cuDeviceGetAttribute);
+  static std::atomic<int> launches{0};
+  launches = 0;
+  d.cuLaunchKernelEx = [](const CUlaunchConfig*, CUfunction, void**, void**) {
+    ++launches;
+    return CUDA_SUCCESS;
+  };
+  const auto calls = [&] {
+    engine.build_plan(plan, inputs, buffer, stream());
+    engine.forward(a, stream());
+  };
+// AddressSanitizer minds which operator new belongs to which delete; the counter replaces some.
+#if defined(__SANITIZE_ADDRESS__)
+  calls();
+#else
+  EXPECT_EQ(test::count_allocations(calls), 0);
+#endif
+  EXPECT_EQ(launches, 5);
+  EXPECT_EQ(forbidden_calls, 0);
+}
+
+TEST_F(CudaEngine, AFailedLaunchNamesTheKernel) {
+  Engine engine;
+  const Plan plan = plan_for(engine, 64);
+  driver_.launch_result = CUDA_ERROR_OUT_OF_MEMORY;
+  try {
+    engine.forward(args(plan, 64));
+    FAIL() << "launched";
+  } catch (const Error& error) {
+    EXPECT_EQ(error.code(), ErrorCode::kCudaError);
+    EXPECT_THAT(error.what(), HasSubstr("launching treeattn_fwd"));
+    EXPECT_THAT(error.what(), HasSubstr("CUDA_ERROR_OUT_OF_MEMORY"));
+  }
+  driver_.launch_result = CUDA_SUCCESS;
+  EXPECT_EQ(refusal([&] { engine.forward(args(plan, 64)); }), "accepted");
+}
+
+TEST_F(CudaEngine, ValidateReadsTheReportFromTheDevice) {
+  Engine engine;
+  const Plan plan = plan_for(engine, 64);
+  std::vector<std::int32_t> buffer(plan_bytes(plan) / sizeof(std::int32_t));
+  const std::vector<int> cu{0, kTotal};
+  std::vector<int> start(kTotal, 0);
+  const std::vector<int> end(kTotal, 0);
+  start[41] = 3;
+  PlanInputs inputs;
+  inputs.cu_seqlens_q = inputs.cu_seqlens_k = cu.data();
+  inputs.tree_dfs_order_start_q = start.data();
+  inputs.tree_dfs_order_end_k = end.data();
+  build_plan_cpu(to_plan_shape(plan), inputs, buffer.data());
+  const PlanReport report = engine.validate(plan, buffer.data(), stream());
+  EXPECT_FALSE(report.valid);
+  EXPECT_EQ(report.first_bad_token, 42);
+}
+
+TEST_F(CudaEngine, AForkedChildIsToldWhatToDo) {
+  Engine engine;
+  const Plan plan = plan_for(engine, 64);
+  const ForwardArgs a = args(plan, 64);
+  engine.forward(a);
+  const Shape one = shape(64);
+  test::ChildProcess child([&] {
+    const auto told = [](const std::string& text) {
+      return text.find("fork") != std::string::npos && text.find("spawn") != std::string::npos;
+    };
+    int missing = 0;
+    if (!told(refusal([&] { engine.forward(a); }))) missing |= 1;
+    if (!told(refusal([&] { engine.validate(plan, a.plan_buffer); }))) missing |= 2;
+    if (!told(refusal([&] { engine.prepare({&one, 1}); }))) missing |= 4;
+    if (driver_.launches().size() != 1) missing |= 8;
+    return missing;
+  });
+  EXPECT_EQ(child.wait(), 0);
+  engine.forward(a);
+  EXPECT_THAT(driver_.launches(), SizeIs(2)) << "the parent goes on";
+}
+
+}  // namespace
+}  // namespace treeattn
