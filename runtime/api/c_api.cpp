@@ -122,12 +122,11 @@ const char* treeattn_last_error(void) {
   return last_error().c_str();
 }
 
-treeattn_status treeattn_engine_create(treeattn_engine_kind kind, int32_t threads,
-                                       treeattn_engine** engine) {
+treeattn_status treeattn_engine_create(int32_t kind, int32_t threads, treeattn_engine** engine) {
   return guarded([&] {
     require(engine, "engine") = nullptr;
     if (kind != TREEATTN_CUDA && kind != TREEATTN_CPU) {
-      refuse(fmt::format("kind is {}, expected 0 (CUDA) or 1 (CPU)", static_cast<int>(kind)));
+      refuse(fmt::format("kind is {}, expected 0 (CUDA) or 1 (CPU)", kind));
     }
     treeattn::EngineOptions options;
     options.kind = kind == TREEATTN_CPU ? treeattn::EngineKind::kCpu : treeattn::EngineKind::kCuda;

@@ -102,12 +102,29 @@ void check_scale(double softmax_scale, double softcap) {
   if (!(softcap >= 0) || !std::isfinite(softcap)) {
     refuse("softcap", fmt::format("{}", softcap), "0 (off) or a positive finite number");
   }
+  // Kernels take the scales as f32, with a factor of log2(e).
+  constexpr double kMost = 1e37;
+  constexpr double kLeast = 1e-37;
+  const auto check_range = [&](std::string_view what, double value) {
+    if (value >= kLeast && value <= kMost) return;
+    refuse(what, fmt::format("{}", value), fmt::format("{} to {}", kLeast, kMost));
+  };
+  check_range("softmax_scale", softmax_scale);
+  if (softcap == 0) return;
+  check_range("softcap", softcap);
+  check_range("softmax_scale / softcap", softmax_scale / softcap);
 }
 
 PlanShape check_plan(const Plan* plan, const std::int32_t* plan_buffer) {
   if (plan == nullptr) refuse("plan", "null", "the header that plan_for() returned");
   if (plan_buffer == nullptr) refuse("plan_buffer", "null", "the buffer that build_plan() filled");
+  check_aligned("plan_buffer", plan_buffer, kAlignBytes);
   return to_plan_shape(*plan);
+}
+
+void check_aligned(std::string_view name, const void* pointer, std::size_t bytes) {
+  if (reinterpret_cast<std::uintptr_t>(pointer) % bytes == 0) return;
+  refuse(name, fmt::format("{}", pointer), fmt::format("a pointer aligned to {} bytes", bytes));
 }
 
 void check_tensor(std::string_view name, const ConstTensor& t, std::int64_t tokens, int heads,
@@ -115,10 +132,7 @@ void check_tensor(std::string_view name, const ConstTensor& t, std::int64_t toke
   if (tokens == 0) return;
   if (t.data == nullptr) refuse(fmt::format("{}.data", name), "null", "a pointer to its elements");
   if (!cuda) return;
-  if (reinterpret_cast<std::uintptr_t>(t.data) % kAlignBytes != 0) {
-    refuse(fmt::format("{}.data", name), fmt::format("{}", t.data),
-           "a pointer aligned to 16 bytes");
-  }
+  check_aligned(fmt::format("{}.data", name), t.data, kAlignBytes);
   const int bytes = element_bytes(dtype);
   const auto check_stride = [&](std::string_view which, std::int64_t stride) {
     if (stride * bytes % static_cast<std::int64_t>(kAlignBytes) == 0) return;
@@ -130,15 +144,21 @@ void check_tensor(std::string_view name, const ConstTensor& t, std::int64_t toke
   if (heads > 1) check_stride("head_stride", t.head_stride);
 }
 
-void check_output(std::string_view name, const Tensor& t, std::int64_t tokens, int heads,
+void check_output(std::string_view name, const Tensor& t, std::int64_t tokens, int heads, int dim,
                   DType dtype, bool cuda) {
   check_tensor(name, {t.data, t.token_stride, t.head_stride}, tokens, heads, dtype, cuda);
-  if (tokens > 1 && t.token_stride == 0) {
-    refuse(fmt::format("{}.token_stride", name), "0", "distinct rows");
-  }
-  if (tokens > 0 && heads > 1 && t.head_stride == 0) {
-    refuse(fmt::format("{}.head_stride", name), "0", "distinct heads");
-  }
+  const std::int64_t token = tokens > 1 ? std::abs(t.token_stride) : 0;
+  const std::int64_t head = heads > 1 ? std::abs(t.head_stride) : 0;
+  // One dimension must step over all of the other.
+  const bool token_major =
+      (heads <= 1 || head >= dim) && (tokens <= 1 || token >= (heads - 1) * head + dim);
+  const bool head_major =
+      (tokens <= 1 || token >= dim) && (heads <= 1 || head >= (tokens - 1) * token + dim);
+  if (tokens == 0 || token_major || head_major) return;
+  refuse(fmt::format("{}'s strides", name),
+         fmt::format("token_stride {}, head_stride {}", t.token_stride, t.head_stride),
+         fmt::format("strides that keep {} tokens of {} heads of {} elements apart", tokens, heads,
+                     dim));
 }
 
 Problem problem_for(Pass pass, const Shape& shape, Target target) {

@@ -33,9 +33,10 @@ PlanShape check_plan(const Plan* plan, const std::int32_t* plan_buffer);
 /// A [tokens, heads, dim] tensor: there if it is not empty; with `cuda`, aligned to 16 bytes.
 void check_tensor(std::string_view name, const ConstTensor& tensor, std::int64_t tokens, int heads,
                   DType dtype, bool cuda);
-/// The same, and rows and heads that do not alias: several blocks would write them at once.
+/// The same, and vectors of `dim` elements that do not overlap: several blocks would write them.
 void check_output(std::string_view name, const Tensor& tensor, std::int64_t tokens, int heads,
-                  DType dtype, bool cuda);
+                  int dim, DType dtype, bool cuda);
+void check_aligned(std::string_view name, const void* pointer, std::size_t bytes);
 
 /// The problem that a shape poses to the kernels of a target.
 Problem problem_for(Pass pass, const Shape& shape, Target target);

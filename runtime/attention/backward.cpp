@@ -112,9 +112,12 @@ PlanShape check_backward(const BackwardArgs& args, bool cuda) {
   if (plan.total_q > 0 && args.lse == nullptr) {
     refuse("lse", "null", "the [heads, total_q] f32 that forward wrote");
   }
-  check_output("dq", args.dq, plan.total_q, args.heads, args.dtype, cuda);
-  check_output("dk", args.dk, plan.total_k, args.heads_kv, args.dtype, cuda);
-  check_output("dv", args.dv, plan.total_k, args.heads_kv, args.dtype, cuda);
+  check_aligned("lse", args.lse, alignof(float));
+  check_aligned("dlse", args.dlse, alignof(float));
+  check_output("dq", args.dq, plan.total_q, args.heads, args.head_dim, args.dtype, cuda);
+  check_output("dk", args.dk, plan.total_k, args.heads_kv, args.head_dim, args.dtype, cuda);
+  check_output("dv", args.dv, plan.total_k, args.heads_kv,
+               value_head_dim(args.head_dim, args.head_dim_v), args.dtype, cuda);
   return plan;
 }
 

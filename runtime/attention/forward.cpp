@@ -23,7 +23,9 @@ PlanShape check_forward(const ForwardArgs& args, bool cuda) {
   check_tensor("q", args.q, plan.total_q, args.heads, args.dtype, cuda);
   check_tensor("k", args.k, plan.total_k, args.heads_kv, args.dtype, cuda);
   check_tensor("v", args.v, plan.total_k, args.heads_kv, args.dtype, cuda);
-  check_output("out", args.out, plan.total_q, args.heads, args.dtype, cuda);
+  check_output("out", args.out, plan.total_q, args.heads,
+               value_head_dim(args.head_dim, args.head_dim_v), args.dtype, cuda);
+  check_aligned("lse", args.lse, alignof(float));
   return plan;
 }
 

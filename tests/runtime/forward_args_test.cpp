@@ -122,8 +122,16 @@ const std::vector<Bad>& bad_everywhere() {
       {"no k", CHANGE(a.k.data = nullptr), "k.data is null, expected a pointer"},
       {"no v", CHANGE(a.v.data = nullptr), "v.data is null, expected a pointer"},
       {"no out", CHANGE(a.out.data = nullptr), "out.data is null, expected a pointer"},
-      {"one out row", CHANGE(a.out.token_stride = 0), "out.token_stride is 0, expected distinct"},
-      {"one out head", CHANGE(a.out.head_stride = 0), "out.head_stride is 0, expected distinct"},
+      {"one out row", CHANGE(a.out.token_stride = 0), "out's strides is token_stride 0"},
+      {"one out head", CHANGE(a.out.head_stride = 0), "head_stride 0, expected strides that keep"},
+      {"out heads overlap", CHANGE(a.out.head_stride = 120), "head_stride 120, expected strides"},
+      {"out rows overlap", CHANGE(a.out.token_stride = 504), "token_stride 504, head_stride 128"},
+      {"tiny scale", CHANGE(a.softmax_scale = 1e-60), "softmax_scale is 1e-60, expected 1e-37 to"},
+      {"huge scale", CHANGE(a.softmax_scale = 1e60), "softmax_scale is 1e+60, expected 1e-37 to"},
+      {"huge ratio", CHANGE((a.softcap = 1.5e-37, a.softmax_scale = 4)), "softmax_scale / softcap"},
+      {"buffer alignment", CHANGE(a.plan_buffer += 1), "expected a pointer aligned to 16 bytes"},
+      {"lse alignment", CHANGE(a.lse = reinterpret_cast<float*>(0x50002)),
+       "lse is 0x50002, expected a pointer aligned to 4 bytes"},
   };
   return table;
 }
@@ -148,7 +156,8 @@ const std::vector<Bad>& bad_on_a_gpu() {
       {"v token", CHANGE(a.v.token_stride = 12), "v.token_stride is 12 elements"},
       {"v head", CHANGE(a.v.head_stride = 1), "v.head_stride is 1 elements"},
       {"out token", CHANGE(a.out.token_stride = 516), "out.token_stride is 516 elements"},
-      {"out head", CHANGE(a.out.head_stride = 129), "out.head_stride is 129 elements"},
+      {"out head", CHANGE((a.out.token_stride = 1024, a.out.head_stride = 129)),
+       "out.head_stride is 129 elements"},
   };
   return table;
 }

@@ -180,12 +180,22 @@ Gradients device_backward(BackwardCase& c, bool deterministic, std::string_view 
 
 void parallel_for(int count, const std::function<void(int)>& body) {
   std::atomic<int> next{0};
+  std::exception_ptr failure;
+  std::mutex failing;
   const auto work = [&] {
-    for (int n = next++; n < count; n = next++) body(n);
+    try {
+      for (int n = next++; n < count; n = next++) body(n);
+    } catch (...) {
+      const std::lock_guard lock(failing);
+      failure = std::current_exception();
+    }
   };
-  std::vector<std::jthread> pool;
-  for (unsigned n = 1; n < std::thread::hardware_concurrency(); ++n) pool.emplace_back(work);
-  work();
+  {
+    std::vector<std::jthread> pool;
+    for (unsigned n = 1; n < std::thread::hardware_concurrency(); ++n) pool.emplace_back(work);
+    work();
+  }
+  if (failure) std::rethrow_exception(failure);
 }
 
 }  // namespace treeattn::testing

@@ -152,10 +152,9 @@ typedef struct treeattn_stats {
 /* Text of this thread's last error; never NULL, valid until this thread's next call. */
 const char* treeattn_last_error(void);
 
-/* threads: of the CPU executor, 0: one per core. A CUDA engine takes the current context, or the
- * primary context of device 0 where there is none. */
-treeattn_status treeattn_engine_create(treeattn_engine_kind kind, int32_t threads,
-                                       treeattn_engine** engine);
+/* kind: a treeattn_engine_kind. threads: of the CPU executor, 0: one per core. A CUDA engine takes
+ * the current context, or the primary context of device 0 where there is none. */
+treeattn_status treeattn_engine_create(int32_t kind, int32_t threads, treeattn_engine** engine);
 void treeattn_engine_destroy(treeattn_engine* engine); /* NULL is allowed */
 /* Copies a line about the engine's device; always terminated. */
 treeattn_status treeattn_engine_description(const treeattn_engine* engine, char* text,
