@@ -342,6 +342,7 @@ TEST(ForwardLaunchTest, HeadsAreWalkedInWholeGroupsThatFitTheL2) {
   Fixture f;
   f.args.heads = 32;
   f.args.heads_kv = 8;
+  f.args.out.token_stride = 32 * 128;
   f.plan.total_q = f.plan.total_k = 100'000;
   EXPECT_EQ(f.launch(132, kBigL2).params.heads_in_group, 32);
   EXPECT_EQ(f.launch(132, 1).params.heads_in_group, 4);
@@ -356,6 +357,7 @@ TEST(ForwardLaunchTest, HeadsAreWalkedInWholeGroupsThatFitTheL2) {
 TEST(ForwardLaunchTest, MoreBlocksThanAGridHoldsAreRefused) {
   Fixture f;
   f.args.heads = 4096;
+  f.args.out.token_stride = 4096 * 128;
   f.plan.total_q = std::numeric_limits<std::int32_t>::max();
   try {
     f.launch();
