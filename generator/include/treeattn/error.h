@@ -10,14 +10,14 @@ namespace treeattn {
 /// Stable error codes; the C API returns them as its status values.
 enum class ErrorCode : int {
   kOk = 0,
-  kInvalidArgument = 1,    ///< an argument is wrong; nothing was launched
-  kUnsupported = 2,        ///< legal, but no kernel can do it (the message says what can)
-  kNotFound = 3,           ///< a driver, compiler, file or cached kernel is missing
-  kCompileFailed = 4,      ///< NVRTC refused generated source (a bug; the log is in the message)
-  kCudaError = 5,          ///< the driver returned an error
-  kIoError = 6,            ///< a file could not be read or written
-  kInvalidTree = 7,        ///< a tree or plan input breaks the rules
-  kInternal = 8,           ///< a broken invariant of this library
+  kInvalidArgument = 1,  ///< an argument is wrong; nothing was launched
+  kUnsupported = 2,      ///< legal, but no kernel can do it (the message says what can)
+  kNotFound = 3,         ///< a driver, compiler, file or cached kernel is missing
+  kCompileFailed = 4,    ///< NVRTC refused generated source (a bug; the log is in the message)
+  kCudaError = 5,        ///< the driver returned an error
+  kIoError = 6,          ///< a file could not be read or written
+  kInvalidTree = 7,      ///< a tree or plan input breaks the rules
+  kInternal = 8,         ///< a broken invariant of this library
 };
 
 /// Carries what was wrong, what was expected, and what to do next.
