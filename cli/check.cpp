@@ -25,6 +25,8 @@ namespace {
 
 struct CheckOptions {
   std::string device = "auto";
+  std::string pass = "fwd";
+  bool deterministic = false;
   int cases = -1;
   std::int64_t seed = -1;
   std::string head_dims;
@@ -102,6 +104,8 @@ AttentionCase random_case(const CheckOptions& options, const Choices& choices, s
   const bool is_long = rng.chance(gpu ? 1.0 / 3 : 0.1);
   const std::int64_t trees = rng.chance(0.5) ? 1 : rng.between(2, 5);
   std::int64_t left = is_long ? rng.between(2001, 4500) : rng.between(1, 700);
+  // The gradients' reference takes all rows of all heads.
+  if (options.pass == "bwd") left = is_long ? rng.between(701, 1500) : rng.between(1, 400);
   Workload work;
   for (std::int64_t t = 0; t < trees; ++t) {
     const bool empty = trees > 1 && rng.chance(0.1);
@@ -131,7 +135,36 @@ AttentionCase random_case(const CheckOptions& options, const Choices& choices, s
   return problem;
 }
 
+/// Gradients from the case's own forward.
+void run_backward(Session& session, const CheckOptions& options, Result& result) {
+  const AttentionCase& problem = result.problem;
+  RunOptions how;
+  how.backward = true;
+  how.deterministic = options.deterministic;
+  CaseRun run(session.engine(), problem, how);
+  run.build_plan();
+  run.require_valid_plan();
+  run.poison();
+  run.forward();
+  run.backward();
+  const std::vector<std::byte> dq = run.dq();
+  result.comparison = compare_gradients(problem, dq, run.dk(), run.dv());
+  result.failure = result.comparison.failure;
+  if (!options.deterministic) return;
+  run.poison();
+  run.forward();
+  run.backward();
+  if (run.dq() != dq) {
+    result.failure +=
+        fmt::format("{}a second run gave other bits", result.failure.empty() ? "" : "; ");
+  }
+}
+
 void run_case(Session& session, const CheckOptions& options, Result& result) {
+  if (options.pass == "bwd") {
+    run_backward(session, options, result);
+    return;
+  }
   const AttentionCase& problem = result.problem;
   CaseRun run(session.engine(), problem);
   run.build_plan();
@@ -212,6 +245,8 @@ Json result_json(const Result& result) {
 /// The options that shape a case, as they were given.
 std::string shaping_options(const CheckOptions& options) {
   std::string text = " --device " + options.device;
+  if (options.pass != "fwd") text += " --pass " + options.pass;
+  if (options.deterministic) text += " --deterministic";
   if (!options.dtypes.empty()) text += " --dtype " + options.dtypes;
   if (!options.head_dims.empty()) text += " --head-dim " + options.head_dims;
   if (options.heads > 0) {
@@ -343,6 +378,11 @@ void add_check(CLI::App& app, Action& action) {
                    "Trees to check beside, or without, random ones")
       ->type_name("WORKLOAD");
   command->add_option("--device", options->device, kDeviceHelp)->type_name("DEVICE");
+  command->add_option("--pass", options->pass, "fwd, or bwd: gradients; default fwd")
+      ->type_name("PASS")
+      ->check(one_of({"fwd", "bwd"}));
+  command->add_flag("--deterministic", options->deterministic,
+                    "With --pass bwd: deterministic gradients, run twice for equal bits");
   command
       ->add_option("--cases", options->cases,
                    "Random cases; default 24, or none where workloads are listed")
@@ -382,6 +422,7 @@ void add_check(CLI::App& app, Action& action) {
       "counted exactly in all rows. Exits with 1 if any case failed.\n\n"
       "Examples:\n"
       "  treeattn check --cases 100 --seed 1\n"
+      "  treeattn check --pass bwd --deterministic\n"
       "  treeattn check --device cpu --dtype f32 fork:512,4x128 random:7,40,60");
   command->callback([options, &action] { action = [options] { return run_check(*options); }; });
 }

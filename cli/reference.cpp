@@ -142,6 +142,99 @@ class RowReference {
   Reference& result_;
 };
 
+/// Gradients of one kv head: dk and dv are its alone.
+class HeadGradients {
+ public:
+  HeadGradients(const AttentionCase& problem, bool rounding, GradientReference& result)
+      : problem_(problem),
+        shape_(problem.shape),
+        rounding_(rounding),
+        dim_(shape_.dims.head_dim),
+        dim_v_(shape_.dims.head_dim_v),
+        q_(to_doubles(shape_.dtype, problem.q)),
+        k_(to_doubles(shape_.dtype, problem.k)),
+        v_(to_doubles(shape_.dtype, problem.v)),
+        dout_(to_doubles(shape_.dtype, problem.dout)),
+        result_(result) {}
+
+  void run(int head_kv) const {
+    const int group = shape_.heads / shape_.heads_kv;
+    for (std::int64_t row = 0; row < problem_.cu_q.back(); ++row) {
+      const int b = sequence_of(problem_, row);
+      std::vector<std::int64_t> keys;
+      for (std::int64_t key = problem_.cu_k[b]; key < problem_.cu_k[b + 1]; ++key) {
+        if (sees(problem_, b, row, key)) keys.push_back(key);
+      }
+      if (keys.empty()) continue;
+      for (int h = 0; h < group; ++h) add_row(row, head_kv * group + h, head_kv, keys);
+    }
+    const auto finish = [&](std::vector<double>& gradient, int dim, double scale) {
+      for (std::int64_t key = 0; key < problem_.total_k(); ++key) {
+        double* to = &gradient[(key * shape_.heads_kv + head_kv) * dim];
+        for (int d = 0; d < dim; ++d) to[d] = store(to[d] * scale);
+      }
+    };
+    finish(result_.dk, dim_, problem_.softmax_scale);
+    finish(result_.dv, dim_v_, 1);
+  }
+
+ private:
+  double store(double value) const { return rounding_ ? rounded(shape_.dtype, value) : value; }
+
+  static double dot(const double* a, const double* b, int dim) {
+    double sum = 0;
+    for (int d = 0; d < dim; ++d) sum += a[d] * b[d];
+    return sum;
+  }
+
+  void add_row(std::int64_t row, int head, int head_kv,
+               const std::vector<std::int64_t>& keys) const {
+    const double* q = &q_[(row * shape_.heads + head) * dim_];
+    const double* dout = &dout_[(row * shape_.heads + head) * dim_v_];
+    double* dq = &result_.dq[(row * shape_.heads + head) * dim_];
+    std::vector<double> weight(keys.size());
+    std::vector<double> slope(keys.size(), 1.0);
+    std::vector<double> out(static_cast<std::size_t>(dim_v_), 0.0);
+    double highest = -kInfinity;
+    for (std::size_t i = 0; i < keys.size(); ++i) {
+      const double* k = &k_[(keys[i] * shape_.heads_kv + head_kv) * dim_];
+      weight[i] = dot(q, k, dim_) * problem_.softmax_scale;
+      if (shape_.softcap > 0) {
+        const double t = std::tanh(weight[i] / shape_.softcap);
+        weight[i] = shape_.softcap * t;
+        slope[i] = 1 - t * t;
+      }
+      highest = std::max(highest, weight[i]);
+    }
+    double sum = 0;
+    for (double& w : weight) sum += w = std::exp(w - highest);
+    for (std::size_t i = 0; i < keys.size(); ++i) {
+      weight[i] /= sum;
+      const double* v = &v_[(keys[i] * shape_.heads_kv + head_kv) * dim_v_];
+      for (int d = 0; d < dim_v_; ++d) out[d] += weight[i] * v[d];
+    }
+    for (double& x : out) x = store(x);
+    const double delta = dot(out.data(), dout, dim_v_);
+    for (std::size_t i = 0; i < keys.size(); ++i) {
+      const std::int64_t at = keys[i] * shape_.heads_kv + head_kv;
+      const double dp = dot(dout, &v_[at * dim_v_], dim_v_);
+      const double ds = store(weight[i] * (dp - delta) * slope[i]);
+      const double p = store(weight[i]);
+      for (int d = 0; d < dim_; ++d) dq[d] += ds * k_[at * dim_ + d];
+      for (int d = 0; d < dim_; ++d) result_.dk[at * dim_ + d] += ds * q[d];
+      for (int d = 0; d < dim_v_; ++d) result_.dv[at * dim_v_ + d] += p * dout[d];
+    }
+    for (int d = 0; d < dim_; ++d) dq[d] = store(dq[d] * problem_.softmax_scale);
+  }
+
+  const AttentionCase& problem_;
+  const CaseShape& shape_;
+  bool rounding_;
+  int dim_, dim_v_;
+  std::vector<double> q_, k_, v_, dout_;
+  GradientReference& result_;
+};
+
 double norm(const double* vector, std::size_t dim) {
   double squares = 0;
   for (std::size_t d = 0; d < dim; ++d) squares += vector[d] * vector[d];
@@ -282,6 +375,62 @@ Comparison compare(const AttentionCase& problem, const Reference& expected,
   judge("rel_l2", comparison.rel_l2, bound);
   judge(fmt::format("row {}", comparison.worst_at), comparison.worst_row, row_bound);
   judge("lse", comparison.lse, kLseBound);
+  return comparison;
+}
+
+GradientReference reference_backward(const AttentionCase& problem, bool rounding) {
+  const auto numbers = [&](const std::vector<std::byte>& array) {
+    return array.size() / static_cast<std::size_t>(element_bytes(problem.shape.dtype));
+  };
+  GradientReference result;
+  result.dq.assign(numbers(problem.q), 0.0);
+  result.dk.assign(numbers(problem.k), 0.0);
+  result.dv.assign(numbers(problem.v), 0.0);
+  const HeadGradients heads(problem, rounding, result);
+  for_each_parallel(static_cast<std::size_t>(problem.shape.heads_kv),
+                    [&](std::size_t head) { heads.run(static_cast<int>(head)); });
+  return result;
+}
+
+Comparison compare_gradients(const AttentionCase& problem, const std::vector<std::byte>& dq,
+                             const std::vector<std::byte>& dk, const std::vector<std::byte>& dv) {
+  const DType dtype = problem.shape.dtype;
+  const GradientReference expected = reference_backward(problem, false);
+  GradientReference near;
+  if (is_half(dtype)) near = reference_backward(problem, true);
+  // lse reaches backward as f32, whatever the dtype.
+  const double bound = std::max(rel_l2_bound(dtype), 2e-6);
+  Comparison comparison;
+  const auto judge = [&](const char* name, const std::vector<double>& wanted,
+                         const std::vector<double>& rounded_ones,
+                         const std::vector<std::byte>& found, int dim) {
+    const std::vector<double> actual = to_doubles(dtype, found);
+    double largest = 0;
+    double off = 0;
+    for (std::size_t i = 0; i < wanted.size(); ++i) {
+      largest = std::max(largest, std::abs(wanted[i]));
+      const double difference = std::abs(actual[i] - wanted[i]);
+      off = std::max(off, std::isnan(difference) ? kInfinity : difference);
+    }
+    // Rows with a single key have no gradient: nothing to be relative to.
+    if (largest < 1e-4 && off < 1e-4) return;
+    const auto width = static_cast<std::size_t>(dim);
+    const VectorErrors errors = vector_errors(wanted, actual, width);
+    VectorErrors allowed;
+    if (is_half(dtype)) allowed = vector_errors(wanted, rounded_ones, width);
+    const double most = std::max(bound, 2 * allowed.rel_l2);
+    const double most_vector = is_half(dtype) ? std::max(bound, 2 * allowed.worst) : 100 * bound;
+    comparison.rel_l2 = std::max(comparison.rel_l2, errors.rel_l2);
+    comparison.worst_row = std::max(comparison.worst_row, errors.worst);
+    if (errors.rel_l2 <= most && errors.worst <= most_vector) return;
+    comparison.failure += fmt::format(
+        "{}{}: rel_l2 {:.2e}, expected at most {:.2e}; vector {} {:.2e}, at most {:.2e}",
+        comparison.failure.empty() ? "" : "; ", name, errors.rel_l2, most, errors.worst_at,
+        errors.worst, most_vector);
+  };
+  judge("dq", expected.dq, near.dq, dq, problem.shape.dims.head_dim);
+  judge("dk", expected.dk, near.dk, dk, problem.shape.dims.head_dim);
+  judge("dv", expected.dv, near.dv, dv, problem.shape.dims.head_dim_v);
   return comparison;
 }
 

@@ -41,6 +41,17 @@ struct Comparison {
 Comparison compare(const AttentionCase& problem, const Reference& expected,
                    const std::vector<std::byte>& out, const std::vector<float>& lse);
 
+/// Gradients by their formulas, of every row and key; slow, meant for some thousand tokens.
+struct GradientReference {
+  std::vector<double> dq, dk, dv;
+};
+/// `rounding`: out, probabilities, score gradients and results as a 16-bit case rounds them.
+GradientReference reference_backward(const AttentionCase& problem, bool rounding);
+
+/// The distance of gradients from the reference: the worst of the three.
+Comparison compare_gradients(const AttentionCase& problem, const std::vector<std::byte>& dq,
+                             const std::vector<std::byte>& dk, const std::vector<std::byte>& dv);
+
 /// With q = 0 every visible key weighs the same, so exp(lse) counts them: the first row where it
 /// does not, in words; empty if there is none.
 std::string compare_counts(const AttentionCase& problem, const std::vector<float>& lse);

@@ -12,6 +12,26 @@
 namespace treeattn::test {
 namespace {
 
+TEST(CliBench, BackwardIsTimedByItsOwnFlops) {
+  const CliResult result =
+      Cli().run({"bench", "--device", "cpu", "--pass", "fwd,bwd", "--reps", "2", "--warmup", "1",
+                 "--head-dim", "16", "--heads", "2", "--json", "chain:40"});
+  EXPECT_EQ(result.status, 0) << result.err;
+  std::istringstream lines(result.out);
+  std::vector<nlohmann::json> documents;
+  for (std::string line; std::getline(lines, line);)
+    documents.push_back(nlohmann::json::parse(line));
+  ASSERT_EQ(documents.size(), 2u);
+  EXPECT_EQ(documents[0]["pass"], "fwd");
+  EXPECT_EQ(documents[1]["pass"], "bwd");
+  EXPECT_DOUBLE_EQ(documents[1]["useful_flops"].get<double>(),
+                   2.5 * documents[0]["useful_flops"].get<double>());
+  EXPECT_GT(documents[1]["attention_ms"]["median"], 0);
+  const CliResult bad = Cli().run({"bench", "--device", "cpu", "--pass", "back", "chain:8"});
+  EXPECT_EQ(bad.status, 2);
+  EXPECT_TRUE(contains(bad.err, "'back' is not fwd or bwd")) << bad.err;
+}
+
 TEST(CliBench, JsonLinesSayEverythingThatANumberNeeds) {
   const CliResult result =
       Cli().run({"bench", "--device", "cpu", "--reps", "3", "--warmup", "1", "--head-dim", "16,32",

@@ -1,6 +1,8 @@
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <string>
+#include <vector>
 
 #include "tests/cli/run_cli.h"
 
@@ -45,6 +47,27 @@ TEST(CliCheck, ListedWorkloadsRunInEveryDtypeAndHeadDim) {
   }
   EXPECT_EQ(json["cases"][0]["queries"], 40 + 3 * 17);
   EXPECT_EQ(json["cases"][11]["trees"], 2);
+}
+
+TEST(CliCheck, GradientsAreCheckedToo) {
+  for (const char* mode : {"", "--deterministic"}) {
+    std::vector<std::string> arguments{"check", "--device",   "cpu",     "--pass",
+                                       "bwd",   "--cases",    "6",       "--seed",
+                                       "5",     "--head-dim", "16,24/40"};
+    if (*mode != 0) arguments.emplace_back(mode);
+    arguments.emplace_back("--json");
+    const nlohmann::json json = Cli().run(arguments).json();
+    EXPECT_EQ(json["checked"], 6) << mode;
+    EXPECT_EQ(json["failed"], 0) << mode;
+    double largest = 0;
+    for (const auto& item : json["cases"]) {
+      largest = std::max(largest, item["rel_l2"].get<double>());
+    }
+    EXPECT_GT(largest, 0) << "nothing was compared";
+  }
+  const CliResult bad = Cli().run({"check", "--pass", "sideways"});
+  EXPECT_EQ(bad.status, 2);
+  EXPECT_TRUE(contains(bad.err, "sideways")) << bad.err;
 }
 
 TEST(CliCheck, LargeCasesAreComparedOnSomeRows) {
