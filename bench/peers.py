@@ -10,7 +10,9 @@ inputs in bf16. Useful TFLOP/s count only the pairs that the tree allows.
 
 import argparse
 import json
+import contextlib
 import pathlib
+import signal
 import subprocess
 import sys
 import time
@@ -177,6 +179,22 @@ def run_treeattn(binary, workload, head_dim):
     return [json.loads(line) for line in lines]
 
 
+@contextlib.contextmanager
+def time_limit(seconds):
+    """Raises TimeoutError: compiling a mask can take longer than everything else."""
+
+    def stop(*_):
+        raise TimeoutError(f"stopped after {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 class Run:
     def __init__(self, out):
         self.out = pathlib.Path(out)
@@ -226,7 +244,6 @@ class Run:
             for record in self.records:
                 file.write(json.dumps({**facts, **record}) + "\n")
         (self.out / "peers.md").write_text(self.table(facts), encoding="utf-8")
-        self.plot()
 
     def table(self, facts):
         contenders = list(dict.fromkeys(r["contender"] for r in self.records))
@@ -293,7 +310,9 @@ def main():
     parser.add_argument("--out", required=True, help="folder for peers.jsonl, peers.md, peers.png")
     parser.add_argument("--budget", type=float, default=0.3, help="seconds a measurement")
     parser.add_argument("--no-flex", action="store_true", help="leave FlexAttention out")
-    parser.add_argument("--flex-for", type=float, default=150, help="stop Flex after these seconds")
+    parser.add_argument(
+        "--flex-for", type=float, default=45, help="most seconds of FlexAttention a workload"
+    )
     options = parser.parse_args()
     try:
         import torch
@@ -305,6 +324,19 @@ def main():
 
     run = Run(options.out)
     ours = []
+    facts = {
+        "device": torch.cuda.get_device_name(0),
+        "driver": driver_version(),
+        "torch": torch.__version__,
+    }
+
+    def save():
+        """After every step, so that what is measured is kept whatever happens next."""
+        facts.update(date=ours[0]["date"], templates_sha256=ours[0]["templates_sha256"])
+        run.write(facts)
+        lines = (json.dumps(line) + "\n" for line in ours)
+        (run.out / "treeattn.jsonl").write_text("".join(lines), encoding="utf-8")
+
     cases = [(workload, head_dim) for head_dim, workload in CHAINS.items()]
     cases += [(workload, 128) for workload in TREES]
     for workload, head_dim in cases:
@@ -319,25 +351,16 @@ def main():
                     head_dim,
                     lambda: run_sdpa(torch, backend, workload, head_dim, options.budget),
                 )
-    begin = time.perf_counter()
+        save()
     for workload in [] if options.no_flex else [CHAINS[128]] + TREES:
-        if time.perf_counter() - begin > options.flex_for:
-            print(f"FlexAttention: {workload} left out, its time is up", file=sys.stderr)
-            continue
-        run.add_times(
-            "FlexAttention", workload, 128, lambda: run_flex(torch, workload, 128, options.budget)
-        )
-    facts = {
-        "date": ours[0]["date"],
-        "device": torch.cuda.get_device_name(0),
-        "driver": driver_version(),
-        "torch": torch.__version__,
-        "templates_sha256": ours[0]["templates_sha256"],
-    }
-    run.write(facts)
-    with open(run.out / "treeattn.jsonl", "w", encoding="utf-8") as file:
-        for line in ours:
-            file.write(json.dumps(line) + "\n")
+
+        def flex():
+            with time_limit(options.flex_for):
+                return run_flex(torch, workload, 128, options.budget)
+
+        run.add_times("FlexAttention", workload, 128, flex)
+        save()
+    run.plot()
     print(run.table(facts))
 
 

@@ -172,12 +172,17 @@ double useful_flops(const Item& item) {
 
 struct Measurement {
   Times attention, plan, both;
+  std::vector<PreparedKernel>
+      kernels;  ///< how each became ready, from an empty cache or a full one
   double host_us = 0;
 };
 
 Measurement measure(Session& session, const Item& item, const BenchOptions& options) {
   const AttentionCase problem =
       make_case(item.work, item.shape, static_cast<std::uint64_t>(options.seed));
+  Measurement result;
+  const Shape shape = problem.engine_shape(item.backward());
+  result.kernels = session.engine().prepare({&shape, 1});
   Stopwatch watch(session, options);
   const Stream stream = watch.stream();
   CaseRun run(session.engine(), problem, {item.spec, item.backward(), options.deterministic});
@@ -185,7 +190,6 @@ Measurement measure(Session& session, const Item& item, const BenchOptions& opti
   run.require_valid_plan(stream);
   run.forward(stream);
   const auto attend = [&] { item.backward() ? run.backward(stream) : run.forward(stream); };
-  Measurement result;
   result.attention = watch.measure(attend, &result.host_us);
   result.plan = watch.measure([&] { run.build_plan(stream); });
   result.both = watch.measure([&] {
@@ -230,6 +234,11 @@ Json item_json(const Session& session, const Item& item, const Measurement& foun
   json["plan_and_attention_ms"] = times_json(found.both);
   json["plan_and_attention_useful_tflops"] = teraflops(item, found.both.median());
   if (session.gpu()) json["host_us"] = found.host_us;
+  json["kernels"] = Json::array();
+  for (const PreparedKernel& kernel : found.kernels) {
+    json["kernels"].push_back(
+        {{"spec", kernel.spec}, {"origin", kernel.origin}, {"ms", kernel.ms}});
+  }
   return json;
 }
 
@@ -366,6 +375,12 @@ int run_bench(BenchOptions options) {
       print_json_line(item_json(session, item, found, options));
     } else {
       print(table.line(cells_of(session, item, found)));
+      for (const PreparedKernel& kernel : found.kernels) {
+        if (kernel.origin == "memory") continue;
+        print(fmt::format("  {} {} in {:.1f} ms\n", kernel.spec,
+                          kernel.origin == "disk" ? "loaded from the cache" : "compiled and loaded",
+                          kernel.ms));
+      }
     }
     std::fflush(stdout);
   }
