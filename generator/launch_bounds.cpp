@@ -9,7 +9,12 @@ namespace {
 
 /// Registers a thread needs beside its accumulators: fragments, addresses, row maxima and sums.
 /// Found with ptxas over all default specs: fewer spill.
+template <class Config>
 constexpr int kOtherRegisters = 48;
+template <>
+constexpr int kOtherRegisters<BackwardDqConfig> = 70;
+/// Shared memory a block must be able to have for dQ to pass through it.
+constexpr int kBulkDqMinSmem = 200 * 1024;
 /// Shared memory the driver keeps for itself in every block.
 constexpr int kReservedSmemBytes = 1024;
 
@@ -18,7 +23,7 @@ int blocks_per_sm(const KernelSpec& spec, const Config& config) {
   const ArchLimits limits = arch_limits(spec.problem.target);
   const int by_smem = limits.smem_per_sm / (config.smem_bytes() + kReservedSmemBytes);
   const int by_threads = limits.max_threads_per_sm / config.threads();
-  const int registers = accumulator_registers(config) + kOtherRegisters;
+  const int registers = accumulator_registers(config) + kOtherRegisters<Config>;
   const int by_registers = limits.registers_per_sm / (config.threads() * registers);
   return std::max(1, std::min({by_smem, by_threads, by_registers}));
 }
@@ -38,8 +43,9 @@ int accumulator_registers(const ForwardConfig& config) {
 BackwardConfig backward_config(const KernelSpec& spec) {
   const Problem& p = spec.problem;
   const TileConfig& t = spec.tile;
-  // The bulk copy engine came with compute capability 9.0.
-  const bool bulk_dq = p.target.cc >= 90;
+  // The bulk copy engine came with compute capability 9.0. It needs dQ in shared memory, which
+  // 12.x is too short of.
+  const bool bulk_dq = p.target.cc >= 90 && arch_limits(p.target).smem_per_block >= kBulkDqMinSmem;
   return {p.dtype,  p.head_dim, p.head_dim_v, t.block_m, t.block_n,
           t.stages, t.warps,    p.softcap,    bulk_dq};
 }
@@ -51,7 +57,8 @@ BackwardDqConfig backward_dq_config(const KernelSpec& spec) {
 }
 
 int accumulator_registers(const BackwardDqConfig& config) {
-  return config.padded_dim() / 2 + config.block_n;
+  const int fragments = (config.padded_dim() + config.padded_dim_v()) / 32;
+  return config.padded_dim() / 2 + config.block_n + fragments;
 }
 
 int accumulator_registers(const BackwardConfig& config) {

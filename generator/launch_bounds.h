@@ -13,7 +13,7 @@ BackwardDqConfig backward_dq_config(const KernelSpec& spec);
 int accumulator_registers(const ForwardConfig& config);
 /// dK, dV and the larger of S with dP, and dQ.
 int accumulator_registers(const BackwardConfig& config);
-/// dQ, S and dP.
+/// dQ, S and dP, and the fragments of Q and dO that ptxas keeps.
 int accumulator_registers(const BackwardDqConfig& config);
 /// What the 255 registers of a thread leave after addresses, fragments and softmax state.
 inline constexpr int kMaxAccumulators = 208;
