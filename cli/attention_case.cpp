@@ -58,7 +58,7 @@ Plan header_for(const Engine& engine, const AttentionCase& problem, const RunOpt
   const TileConfig tile = parse_kernel_spec(options.spec).tile;
   // A plan for forward alone holds the one view that is used, so that making it costs no more.
   if (!options.backward) plan.num_views = 0;
-  plan.views[plan.num_views++] = {tile.block_m, tile.block_n};
+  plan.views[plan.num_views++] = {tile.block_m, tile.view_block_n()};
   return plan;
 }
 

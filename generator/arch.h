@@ -16,6 +16,9 @@ struct ArchLimits {
   int max_threads_per_sm;
 };
 
+/// What the sm90 family is compiled for: wgmma and setmaxnreg are no part of plain sm_90.
+inline constexpr Target kSm90Target{90, true};
+
 /// Known targets in ascending order: sm_80, sm_86, sm_87, sm_89, sm_90, sm_100, sm_120 and so on.
 std::span<const ArchLimits> known_targets();
 /// Limits of a target; of the nearest older known one where it is newer than the table.

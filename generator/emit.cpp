@@ -39,6 +39,21 @@ std::string emit_forward_config(const KernelSpec& spec) {
   return emit_config(forward_config(spec), "ForwardConfig", "ForwardParams", sizeof(ForwardParams));
 }
 
+std::string emit_forward_sm90_config(const KernelSpec& spec) {
+  const ForwardSm90Config c = forward_sm90_config(spec);
+  return fmt::format(
+      "namespace treeattn {{\n"
+      "inline constexpr ForwardSm90Config kConfig{{\n"
+      "    /*dtype=*/KernelDType::{}, /*head_dim=*/{}, /*head_dim_v=*/{},\n"
+      "    /*block_m=*/{}, /*block_n=*/{}, /*box_n=*/{}, /*stages=*/{}, /*warps=*/{}, "
+      "/*softcap=*/{}}};\n"
+      "static_assert(kConfig.smem_bytes() == {}, \"shared memory as the host sized it\");\n"
+      "static_assert(sizeof(ForwardSm90Params) == {}, \"parameters as the host passes them\");\n"
+      "}}  // namespace treeattn\n",
+      c.dtype == KernelDType::kF16 ? "kF16" : "kBF16", c.head_dim, c.head_dim_v, c.block_m,
+      c.block_n, c.box_n, c.stages, c.warps, c.softcap, c.smem_bytes(), sizeof(ForwardSm90Params));
+}
+
 std::string emit_backward_config(const KernelSpec& spec) {
   return emit_config(backward_config(spec), "BackwardConfig", "BackwardParams",
                      sizeof(BackwardParams),
@@ -48,6 +63,54 @@ std::string emit_backward_config(const KernelSpec& spec) {
 std::string emit_backward_dq_config(const KernelSpec& spec) {
   return emit_config(backward_dq_config(spec), "BackwardDqConfig", "BackwardParams",
                      sizeof(BackwardParams));
+}
+
+namespace {
+
+/// `count` operands from %first on, as an instruction lists them.
+std::string operand_list(int first, int count) {
+  std::string list;
+  for (int i = 0; i < count; ++i) list += fmt::format("{}%{}", i == 0 ? "" : ", ", first + i);
+  return list;
+}
+
+std::string accumulator_constraints(int count) {
+  std::string list;
+  for (int i = 0; i < count; ++i) list += fmt::format("{}\"+f\"(d[{}])", i == 0 ? "" : ", ", i);
+  return list;
+}
+
+}  // namespace
+
+std::string emit_wgmma(const KernelSpec& spec) {
+  const ForwardSm90Config config = forward_sm90_config(spec);
+  const std::string_view type = to_string(config.dtype);
+  const int scores = config.block_n / 2;
+  const int outputs = config.head_dim_v / 2;
+  return fmt::format(
+      R"(namespace treeattn {{
+/// d = a b + (accumulate ? d : 0): 64 rows, {0} columns, 16 deep; a and b are K-major in shared memory.
+__device__ __forceinline__ void wgmma_qk(float (&d)[{1}], unsigned long long a,
+                                         unsigned long long b, int accumulate) {{
+  asm volatile(
+      "{{\n.reg .pred p;\nsetp.ne.b32 p, %{2}, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n{0}k16.f32.{6}.{6} {{{7}}}, %{3}, %{4}, p, 1, 1, 0, 0;\n}}\n"
+      : {8}
+      : "r"(accumulate), "l"(a), "l"(b));
+}}
+/// d += a b: 64 rows, {9} columns, 16 deep; a in registers, b MN-major in shared memory.
+__device__ __forceinline__ void wgmma_pv(float (&d)[{10}], const unsigned (&a)[4],
+                                         unsigned long long b) {{
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n{9}k16.f32.{6}.{6} {{{11}}}, {{{12}}}, %{13}, 1, 1, 1, 1;\n"
+      : {14}
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}}
+}}  // namespace treeattn
+)",
+      config.block_n, scores, scores, scores + 1, scores + 2, 0, type, operand_list(0, scores),
+      accumulator_constraints(scores), config.head_dim_v, outputs, operand_list(0, outputs),
+      operand_list(outputs, 4), outputs + 4, accumulator_constraints(outputs));
 }
 
 std::string emit_mma(const KernelSpec& spec) {

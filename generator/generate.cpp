@@ -51,6 +51,24 @@ GeneratedSource generate_forward(const KernelSpec& spec, Flattener& templates) {
   return source;
 }
 
+GeneratedSource generate_forward_sm90(const KernelSpec& spec, Flattener& templates) {
+  const ForwardSm90Config config = forward_sm90_config(spec);
+  const KernelEntry entry{entry_name(spec), config.threads(), config.smem_bytes()};
+  GeneratedSource source{spec, {}, {entry}};
+  source.text = emit_banner(
+      spec, fmt::format("// A block per multiprocessor walks pairs of a query tile and a query "
+                        "head: {} threads,\n// {} bytes of dynamic shared memory.\n",
+                        entry.threads, entry.smem_bytes));
+  source.text += templates.flatten("shared/params.h");
+  source.text += "#line 1 \"emitted/config\"\n" + emit_forward_sm90_config(spec);
+  source.text += "#line 1 \"emitted/mma\"\n" + emit_mma(spec);
+  source.text += "#line 1 \"emitted/wgmma\"\n" + emit_wgmma(spec);
+  source.text += templates.flatten("kernels/forward_sm90.cuh");
+  source.text += "#line 1 \"emitted/entry\"\n";
+  source.text += emit_entry(entry, 1, "ForwardSm90Params", "forward_sm90");
+  return source;
+}
+
 /// Entries in launch order: prepare, the main kernel, dq, and dk with dv where blocks shared heads.
 GeneratedSource generate_backward(const KernelSpec& spec, Flattener& templates) {
   const BackwardConfig config = backward_config(spec);
@@ -137,6 +155,7 @@ GeneratedSource generate(const KernelSpec& spec, const std::string& template_dir
     case Pass::kPlan:
       return generate_plan(spec, templates);
     case Pass::kForward:
+      if (spec.problem.family == Family::kSm90) return generate_forward_sm90(spec, templates);
       return generate_forward(spec, templates);
     case Pass::kBackward:
       return generate_backward(spec, templates);

@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <array>
 #include <charconv>
 #include <functional>
@@ -24,6 +25,10 @@ constexpr std::array<std::pair<Pass, std::string_view>, 4> kPasses{{
 constexpr std::array<std::pair<KernelDType, std::string_view>, 2> kDTypes{{
     {KernelDType::kF16, "f16"},
     {KernelDType::kBF16, "bf16"},
+}};
+constexpr std::array<std::pair<Family, std::string_view>, 2> kFamilies{{
+    {Family::kSm80, "sm80"},
+    {Family::kSm90, "sm90"},
 }};
 constexpr std::string_view kExample = "fwd/sm80@sm_90/bf16/d128v128/m128n64s2w4";
 
@@ -66,11 +71,19 @@ std::optional<std::array<int, kCount>> take_fields(std::string_view text,
 }
 
 std::optional<TileConfig> parse_tile(std::string_view text) {
-  const auto fields = take_fields<4>(text, "mnsw", 1024);
-  if (!fields || (*fields)[2] > 255 || (*fields)[3] > 255) return std::nullopt;
-  return TileConfig{
-      static_cast<std::uint16_t>((*fields)[0]), static_cast<std::uint16_t>((*fields)[1]),
-      static_cast<std::uint8_t>((*fields)[2]), static_cast<std::uint8_t>((*fields)[3])};
+  std::array<int, 5> fields{};
+  if (const auto plain = take_fields<4>(text, "mnsw", 1024)) {
+    std::copy(plain->begin(), plain->end(), fields.begin());
+  } else if (const auto boxed = take_fields<5>(text, "mnswb", 1024); boxed && boxed->back() != 0) {
+    fields = *boxed;
+  } else {
+    return std::nullopt;
+  }
+  const auto [m, n, stages, warps, box_n] = fields;
+  if (stages > 255 || warps > 255) return std::nullopt;
+  return TileConfig{static_cast<std::uint16_t>(m), static_cast<std::uint16_t>(n),
+                    static_cast<std::uint8_t>(stages), static_cast<std::uint8_t>(warps),
+                    static_cast<std::uint16_t>(box_n)};
 }
 
 std::vector<std::string_view> split(std::string_view text, char by) {
@@ -106,7 +119,8 @@ std::size_t KernelSpecHash::operator()(const KernelSpec& spec) const noexcept {
       static_cast<std::uint64_t>(p.dtype) << 40 | static_cast<std::uint64_t>(p.softcap) << 48);
   mix(static_cast<std::uint64_t>(p.head_dim) | static_cast<std::uint64_t>(p.head_dim_v) << 16 |
       static_cast<std::uint64_t>(t.block_m) << 32 | static_cast<std::uint64_t>(t.block_n) << 48);
-  mix(static_cast<std::uint64_t>(t.stages) | static_cast<std::uint64_t>(t.warps) << 8);
+  mix(static_cast<std::uint64_t>(t.stages) | static_cast<std::uint64_t>(t.warps) << 8 |
+      static_cast<std::uint64_t>(t.box_n) << 16);
   return h;
 }
 
@@ -114,18 +128,24 @@ std::string_view to_string(KernelDType dtype) {
   return kDTypes.at(static_cast<std::size_t>(dtype)).second;
 }
 
+std::string_view to_string(Family family) {
+  return kFamilies.at(static_cast<std::size_t>(family)).second;
+}
+
 std::string to_string(const Target& target) {
   return fmt::format("sm_{}{}", target.cc, target.arch_specific ? "a" : "");
 }
 
 std::string to_string(const TileConfig& tile) {
-  return fmt::format("m{}n{}s{}w{}", tile.block_m, tile.block_n, static_cast<int>(tile.stages),
-                     static_cast<int>(tile.warps));
+  std::string text = fmt::format("m{}n{}s{}w{}", tile.block_m, tile.block_n,
+                                 static_cast<int>(tile.stages), static_cast<int>(tile.warps));
+  if (tile.box_n != 0) text += fmt::format("b{}", tile.box_n);
+  return text;
 }
 
 std::string to_string(const Problem& p) {
   const std::string_view pass = kPasses.at(static_cast<std::size_t>(p.pass)).second;
-  std::string text = fmt::format("{}/sm80@{}", pass, to_string(p.target));
+  std::string text = fmt::format("{}/{}@{}", pass, to_string(p.family), to_string(p.target));
   if (p.pass == Pass::kPlan) return text;
   text += fmt::format("/{}/d{}v{}", to_string(p.dtype), p.head_dim, p.head_dim_v);
   if (p.softcap) text += "/softcap";
@@ -167,13 +187,16 @@ KernelSpec parse_kernel_spec(std::string_view text) {
   if (!pass) refuse(text, parts[0], "a pass: fwd, bwd, bwd_dq or plan");
   p.pass = *pass;
   if (parts.size() < 2) refuse(text, text, "complete: the family and target are missing");
-  constexpr std::string_view kFamily = "sm80@";
-  if (parts[1].substr(0, kFamily.size()) != kFamily) {
-    refuse(text, parts[1], "a family and target such as sm80@sm_90");
+  const std::size_t at_sign = parts[1].find('@');
+  const auto family = find_name(kFamilies, parts[1].substr(0, at_sign));
+  if (!family || at_sign == std::string_view::npos) {
+    refuse(text, parts[1], "a family and target such as sm80@sm_90 or sm90@sm_90a");
   }
-  p.target = parse_target(parts[1].substr(kFamily.size()));
-  if (to_string(p.target) != parts[1].substr(kFamily.size())) {
-    refuse(text, parts[1], fmt::format("written sm80@{}", to_string(p.target)));
+  p.family = *family;
+  const std::string_view target = parts[1].substr(at_sign + 1);
+  p.target = parse_target(target);
+  if (to_string(p.target) != target) {
+    refuse(text, parts[1], fmt::format("written {}@{}", to_string(p.family), to_string(p.target)));
   }
   if (p.pass == Pass::kPlan) {
     if (parts.size() > 2) refuse(text, parts[2], "expected: a plan spec ends with its target");

@@ -15,7 +15,7 @@ namespace treeattn {
 enum class Pass : std::uint8_t { kPlan, kForward, kBackward, kBackwardDq };
 
 /// Kernel families: what instructions a kernel is written with, not what it is compiled for.
-enum class Family : std::uint8_t { kSm80 };
+enum class Family : std::uint8_t { kSm80, kSm90 };
 
 /// A compilation target such as sm_90 or sm_90a.
 struct Target {
@@ -43,7 +43,11 @@ struct TileConfig {
   std::uint16_t block_m = 0;
   std::uint16_t block_n = 0;
   std::uint8_t stages = 0;
-  std::uint8_t warps = 0;
+  std::uint8_t warps = 0;   ///< that compute
+  std::uint16_t box_n = 0;  ///< keys a load brings, where that is not block_n: 0
+
+  /// Keys of what a plan's view calls a key tile.
+  int view_block_n() const { return box_n != 0 ? box_n : block_n; }
 
   friend auto operator<=>(const TileConfig&, const TileConfig&) = default;
 };
@@ -60,12 +64,14 @@ struct KernelSpecHash {
 };
 
 /// Canonical text: `fwd/sm80@sm_90/bf16/d128v128/m128n64s2w4`, with `/softcap` before the tile
-/// where softcap is on; `plan/sm80@sm_90` for the plan kernels. parse(to_string(s)) == s.
+/// where softcap is on; `plan/sm80@sm_90` for the plan kernels; the sm90 family's tiles end with
+/// their boxes, as in m128n128s2w8b64. parse(to_string(s)) == s.
 std::string to_string(const KernelSpec& spec);
 std::string to_string(const Problem& problem);  ///< the same without the tile
 std::string to_string(const TileConfig& tile);  ///< m128n64s2w4
 std::string to_string(const Target& target);    ///< sm_90
 std::string_view to_string(KernelDType dtype);  ///< f16, bf16
+std::string_view to_string(Family family);      ///< sm80, sm90
 
 /// Inverse of to_string. A forward text without a tile gets the default tile of its problem.
 /// Throws Error(kInvalidArgument) naming the part that is wrong and what was expected there.

@@ -36,6 +36,17 @@ ForwardConfig forward_config(const KernelSpec& spec) {
   return {p.dtype, p.head_dim, p.head_dim_v, t.block_m, t.block_n, t.stages, t.warps, p.softcap};
 }
 
+ForwardSm90Config forward_sm90_config(const KernelSpec& spec) {
+  const Problem& p = spec.problem;
+  const TileConfig& t = spec.tile;
+  return {p.dtype, p.head_dim, p.head_dim_v, t.block_m, t.block_n,
+          t.box_n, t.stages,   t.warps,      p.softcap};
+}
+
+int accumulator_registers(const ForwardSm90Config& config) {
+  return config.head_dim_v / 2 + config.block_n / 2 + config.block_n / 4;
+}
+
 int accumulator_registers(const ForwardConfig& config) {
   return config.rows_per_warp() * (config.head_dim_v + config.block_n) / 32;
 }
@@ -69,6 +80,7 @@ int accumulator_registers(const BackwardConfig& config) {
 }
 
 int blocks_per_sm(const KernelSpec& spec) {
+  if (spec.problem.family == Family::kSm90) return 1;  // persistent, with nearly all registers
   switch (spec.problem.pass) {
     case Pass::kBackward:
       return blocks_per_sm(spec, backward_config(spec));

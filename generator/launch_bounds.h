@@ -6,11 +6,14 @@
 namespace treeattn {
 
 ForwardConfig forward_config(const KernelSpec& spec);
+ForwardSm90Config forward_sm90_config(const KernelSpec& spec);
 BackwardConfig backward_config(const KernelSpec& spec);
 BackwardDqConfig backward_dq_config(const KernelSpec& spec);
 
 /// f32 accumulator registers of a thread: O and S.
 int accumulator_registers(const ForwardConfig& config);
+/// O, S and P.
+int accumulator_registers(const ForwardSm90Config& config);
 /// dK, dV and the larger of S with dP, and dQ.
 int accumulator_registers(const BackwardConfig& config);
 /// dQ, S and dP, and the fragments of Q and dO that ptxas keeps.

@@ -20,6 +20,9 @@ constexpr std::array<std::pair<std::uint16_t, std::uint16_t>, 4> kMixedDims{
 
 constexpr std::array<std::uint16_t, 4> kBlockM{32, 64, 128, 256};
 constexpr std::array<std::uint16_t, 4> kBlockN{16, 32, 64, 128};
+constexpr std::array<std::uint16_t, 2> kSm90BlockM{128, 192};
+constexpr std::array<std::uint16_t, 6> kSm90BlockN{64, 80, 96, 112, 128, 176};
+constexpr std::array<std::uint16_t, 4> kSm90BoxN{16, 32, 64, 128};
 constexpr std::array<std::uint8_t, 2> kStages{1, 2};
 constexpr std::array<std::uint8_t, 3> kWarps{2, 4, 8};
 
@@ -36,7 +39,15 @@ std::optional<std::string> refuse_value(const char* name, int value,
   return fmt::format("{} is {}, expected one of {}", name, value, fmt::join(allowed, ", "));
 }
 
-/// What any pass refuses alike.
+template <class Config>
+std::optional<std::string> refuse_smem(const Problem& problem, const Config& config) {
+  const int limit = arch_limits(problem.target).smem_per_block;
+  if (config.smem_bytes() <= limit) return std::nullopt;
+  return fmt::format("needs {} bytes of shared memory, {} offers {} a block", config.smem_bytes(),
+                     to_string(problem.target), limit);
+}
+
+/// What any pass of the sm80 family refuses alike.
 template <class Config>
 std::optional<std::string> refuse_size(const Problem& problem, const Config& config) {
   const int accumulators = accumulator_registers(config);
@@ -44,12 +55,7 @@ std::optional<std::string> refuse_size(const Problem& problem, const Config& con
     return fmt::format("accumulators take {} registers a thread, expected at most {}", accumulators,
                        kMaxAccumulators);
   }
-  const int limit = arch_limits(problem.target).smem_per_block;
-  if (config.smem_bytes() > limit) {
-    return fmt::format("needs {} bytes of shared memory, {} offers {} a block", config.smem_bytes(),
-                       to_string(problem.target), limit);
-  }
-  return std::nullopt;
+  return refuse_smem(problem, config);
 }
 
 std::optional<std::string> refuse_forward(const Problem& problem, const TileConfig& tile) {
@@ -58,6 +64,38 @@ std::optional<std::string> refuse_forward(const Problem& problem, const TileConf
     return fmt::format("a warp would own {} rows, expected 16 or 32", rows);
   }
   return refuse_size(problem, forward_config({problem, tile}));
+}
+
+/// Registers a consumer needs beside its accumulators: addresses, descriptors, softmax state. Found
+/// with ptxas over all default specs.
+constexpr int sm90_other_registers(bool softcap) {
+  return softcap ? 40 : 32;
+}
+
+std::optional<std::string> refuse_forward_sm90(const Problem& problem, const TileConfig& tile) {
+  if (auto reason = refuse_value("block_m", tile.block_m, kSm90BlockM)) return reason;
+  if (tile.block_n < 16 || tile.block_n > 256 || tile.block_n % 16 != 0) {
+    return fmt::format("block_n is {}, expected a multiple of 16 from 16 to 256", tile.block_n);
+  }
+  if (auto reason = refuse_value("box_n", tile.box_n, kSm90BoxN)) return reason;
+  if (tile.block_n % tile.box_n != 0) {
+    return fmt::format("block_n is {}, expected a multiple of box_n, {}", tile.block_n, tile.box_n);
+  }
+  if (tile.block_n / tile.box_n > 8) {
+    return fmt::format("a tile has {} boxes, expected at most 8", tile.block_n / tile.box_n);
+  }
+  if (tile.stages != 2) return fmt::format("stages is {}, expected 2", tile.stages);
+  if (tile.warps != tile.block_m / 16) {
+    return fmt::format("warps is {}, expected {} for {} rows", tile.warps, tile.block_m / 16,
+                       tile.block_m);
+  }
+  const ForwardSm90Config config = forward_sm90_config({problem, tile});
+  const int registers = accumulator_registers(config) + sm90_other_registers(problem.softcap);
+  if (registers > config.consumer_registers()) {
+    return fmt::format("a thread needs {} registers, {} warpgroups leave it {}", registers,
+                       config.warpgroups(), config.consumer_registers());
+  }
+  return refuse_smem(problem, config);
 }
 
 std::optional<std::string> refuse_backward(const Problem& problem, const TileConfig& tile) {
@@ -121,7 +159,17 @@ std::span<const TileConfig> forward_preferences(const Problem& problem) {
   return kTo256;
 }
 
+std::span<const TileConfig> forward_sm90_preferences(const Problem& problem) {
+  static constexpr std::array kTo64{TileConfig{192, 128, 2, 12, 64},
+                                    TileConfig{192, 96, 2, 12, 32}};
+  static constexpr std::array kTo256{TileConfig{128, 128, 2, 8, 64}, TileConfig{128, 96, 2, 8, 32},
+                                     TileConfig{128, 80, 2, 8, 16}, TileConfig{128, 64, 2, 8, 64}};
+  if (std::max(problem.head_dim, problem.head_dim_v) <= 64) return kTo64;
+  return kTo256;
+}
+
 std::span<const TileConfig> preferred_tiles(const Problem& problem) {
+  if (problem.family == Family::kSm90) return forward_sm90_preferences(problem);
   switch (problem.pass) {
     case Pass::kBackward:
       return backward_preferences(problem);
@@ -135,6 +183,13 @@ std::span<const TileConfig> preferred_tiles(const Problem& problem) {
 }  // namespace
 
 std::optional<std::string> refuse_problem(const Problem& problem) {
+  if (problem.family == Family::kSm90) {
+    if (problem.target != kSm90Target) {
+      return fmt::format("the sm90 family is compiled for {}, expected it instead of {}",
+                         to_string(kSm90Target), to_string(problem.target));
+    }
+    if (problem.pass != Pass::kForward) return "the sm90 family has forward kernels only";
+  }
   if (problem.pass == Pass::kPlan) return std::nullopt;
   if (auto reason = refuse_dim("head_dim", problem.head_dim)) return reason;
   return refuse_dim("head_dim_v", problem.head_dim_v);
@@ -145,6 +200,8 @@ std::optional<std::string> refuse_tile(const Problem& problem, const TileConfig&
     if (tile == TileConfig{}) return std::nullopt;
     return "plan kernels have no tile";
   }
+  if (problem.family == Family::kSm90) return refuse_forward_sm90(problem, tile);
+  if (tile.box_n != 0) return "the sm80 family loads whole tiles: expected no box_n";
   if (auto reason = refuse_value("block_m", tile.block_m, kBlockM)) return reason;
   if (auto reason = refuse_value("block_n", tile.block_n, kBlockN)) return reason;
   if (auto reason = refuse_value("stages", tile.stages, kStages)) return reason;
@@ -162,12 +219,24 @@ std::optional<std::string> refuse_tile(const Problem& problem, const TileConfig&
 std::vector<TileCandidate> tile_candidates(const Problem& problem) {
   std::vector<TileCandidate> candidates;
   if (problem.pass == Pass::kPlan) return candidates;
+  const auto add = [&](const TileConfig& tile) {
+    candidates.push_back({tile, refuse_tile(problem, tile).value_or("")});
+  };
+  if (problem.family == Family::kSm90) {
+    for (const std::uint16_t m : kSm90BlockM) {
+      for (const std::uint16_t n : kSm90BlockN) {
+        for (const std::uint16_t box : kSm90BoxN) {
+          add({m, n, 2, static_cast<std::uint8_t>(m / 16), box});
+        }
+      }
+    }
+    return candidates;
+  }
   for (const std::uint16_t m : kBlockM) {
     for (const std::uint16_t n : kBlockN) {
       for (const std::uint8_t stages : kStages) {
         for (const std::uint8_t warps : kWarps) {
-          const TileConfig tile{m, n, stages, warps};
-          candidates.push_back({tile, refuse_tile(problem, tile).value_or("")});
+          add({m, n, stages, warps});
         }
       }
     }
@@ -201,6 +270,8 @@ std::vector<KernelSpec> default_specs(Pass pass, Target target) {
     const auto add = [&](std::uint16_t head_dim, std::uint16_t head_dim_v) {
       Problem problem;
       problem.pass = pass;
+      problem.family =
+          target == kSm90Target && pass == Pass::kForward ? Family::kSm90 : Family::kSm80;
       problem.target = target;
       problem.dtype = dtype;
       problem.head_dim = head_dim;

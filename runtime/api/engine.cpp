@@ -97,7 +97,11 @@ struct Engine::Impl {
   KernelSpec kernel_spec(Pass pass, const Shape& shape, std::string_view text) const {
     if (text.empty()) return kernel_spec(pass, shape);
     const KernelSpec spec = parse_kernel_spec(text);
-    const Problem asked = problem_for(pass, shape, target);
+    Problem asked = problem_for(pass, shape, target);
+    if (spec.problem.family == Family::kSm90 && target.cc == kSm90Target.cc) {
+      asked.family = Family::kSm90;
+      asked.target = kSm90Target;
+    }
     if (spec.problem != asked) {
       throw Error(ErrorCode::kInvalidArgument,
                   fmt::format("spec {} does not fit these arguments, which ask for {}", text,
@@ -137,9 +141,34 @@ struct Engine::Impl {
     const ForwardLaunch work =
         make_forward_launch(args, plan, spec, device.sm_count, device.l2_bytes);
     if (work.grid.x == 0) return;
+    if (spec.problem.family == Family::kSm90) {
+      forward_sm90(args, plan, spec, work, stream);
+      return;
+    }
     const ContextScope scope(context);
     launch(kernels->get(spec, to_stream(stream)), 0, work.grid, &work.params, sizeof(work.params),
            stream);
+  }
+
+  void forward_sm90(const ForwardArgs& args, const PlanShape& plan, const KernelSpec& spec,
+                    const ForwardLaunch& work, Stream stream) {
+    const ForwardTensorMaps maps = forward_tensor_maps(args, plan, spec);
+    check_tensor_map("q", maps.q);
+    check_tensor_map("k", maps.k);
+    check_tensor_map("v", maps.v);
+    const ContextScope scope(context);
+    const ForwardSm90Params params{encode_tensor_map(maps.q), encode_tensor_map(maps.k),
+                                   encode_tensor_map(maps.v), work.params};
+    launch(kernels->get(spec, to_stream(stream)), 0, work.grid, &params, sizeof(params), stream);
+  }
+
+  static void check_tensor_map(std::string_view name, const TensorMapRequest& request) {
+    if (fits_tensor_map(request)) return;
+    throw Error(ErrorCode::kUnsupported,
+                fmt::format("{} has token stride {} and head stride {}, which kernels of the sm90 "
+                            "family cannot read: expected positive strides",
+                            name, request.token_stride, request.head_stride),
+                "name a spec of the sm80 family, or none");
   }
 
   void backward(const BackwardArgs& args, const PlanShape& plan, Stream stream) {
@@ -232,7 +261,7 @@ Plan Engine::plan_for(std::int64_t total_q, std::int64_t total_k, int batch,
     if (!impl_->cuda()) continue;
     const auto add = [&](Pass pass) {
       const TileConfig tile = impl_->kernel_spec(pass, shape).tile;
-      add_view({tile.block_m, tile.block_n});
+      add_view({tile.block_m, tile.view_block_n()});
     };
     add(Pass::kForward);
     if (!shape.backward) continue;

@@ -174,11 +174,11 @@ Problem problem_for(Pass pass, const Shape& shape, Target target) {
 }
 
 int require_view(const PlanShape& plan, const KernelSpec& spec) {
-  const int view = find_view(plan, spec.tile.block_m, spec.tile.block_n);
+  const int view = find_view(plan, spec.tile.block_m, spec.tile.view_block_n());
   if (view >= 0) return view;
   throw Error(ErrorCode::kInvalidArgument,
               fmt::format("the plan holds no tile lists for {}x{} tiles, which kernel {} needs",
-                          spec.tile.block_m, spec.tile.block_n, to_string(spec)),
+                          spec.tile.block_m, spec.tile.view_block_n(), to_string(spec)),
               "make the plan with plan_for() and pass it this shape");
 }
 

@@ -74,8 +74,25 @@ ForwardLaunch make_forward_launch(const ForwardArgs& args, const PlanShape& plan
   const bool capped = args.softcap > 0;
   p.scale_log2 = static_cast<float>((capped ? args.softcap : args.softmax_scale) * kLog2E);
   p.softcap_in = capped ? static_cast<float>(args.softmax_scale / args.softcap) : 0.0F;
-  launch.grid.x = check_blocks(static_cast<std::int64_t>(p.max_query_tiles) * args.heads, spec);
+  const std::int64_t items = static_cast<std::int64_t>(p.max_query_tiles) * args.heads;
+  launch.grid.x = spec.problem.family == Family::kSm90
+                      ? static_cast<unsigned>(std::min<std::int64_t>(items, sm_count))
+                      : check_blocks(items, spec);
   return launch;
+}
+
+ForwardTensorMaps forward_tensor_maps(const ForwardArgs& args, const PlanShape& plan,
+                                      const KernelSpec& spec) {
+  const auto request = [&spec](const ConstTensor& tensor, int dims, int heads, std::int64_t tokens,
+                               int rows) {
+    return TensorMapRequest{tensor.data,         spec.problem.dtype, dims, heads, tokens,
+                            tensor.token_stride, tensor.head_stride, rows};
+  };
+  const TileConfig& tile = spec.tile;
+  return {request(args.q, args.head_dim, args.heads, plan.total_q, tile.block_m),
+          request(args.k, args.head_dim, args.heads_kv, plan.total_k, tile.box_n),
+          request(args.v, value_head_dim(args.head_dim, args.head_dim_v), args.heads_kv,
+                  plan.total_k, tile.box_n)};
 }
 
 PlanLaunch make_plan_launch(const PlanShape& shape, const PlanInputs& inputs, std::int32_t* buffer,

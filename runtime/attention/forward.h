@@ -6,6 +6,7 @@
 #include "generator/kernel_spec.h"
 #include "runtime/attention/arguments.h"
 #include "runtime/attention/plan.h"
+#include "runtime/cuda/tensor_map.h"
 #include "templates/shared/params.h"
 #include "treeattn/treeattn.h"
 
@@ -21,6 +22,12 @@ struct ForwardLaunch {
   ForwardParams params{};
   Grid grid;  ///< empty: nothing to do
 };
+/// q, k and v as the sm90 family reads them.
+struct ForwardTensorMaps {
+  TensorMapRequest q, k, v;
+};
+ForwardTensorMaps forward_tensor_maps(const ForwardArgs& args, const PlanShape& plan,
+                                      const KernelSpec& spec);
 /// `l2_bytes` sizes the groups of heads that are walked together. Throws if the plan holds no view
 /// for the spec's tile.
 ForwardLaunch make_forward_launch(const ForwardArgs& args, const PlanShape& plan,

@@ -60,6 +60,75 @@ struct ForwardConfig {
   TREEATTN_HOST_DEVICE constexpr int smem_bytes() const { return work_offset() + 64; }
 };
 
+/// Everything a forward kernel of the sm90 family is specialised on. Tiles lie in shared memory as
+/// the copy engine writes them with a 128-byte swizzle: chunks of 64 dims, each with rows of 128
+/// bytes; dims past the head are zeros.
+struct ForwardSm90Config {
+  KernelDType dtype;
+  int head_dim;
+  int head_dim_v;
+  int block_m;  ///< query rows per thread block; a consumer warpgroup owns 64
+  int block_n;  ///< keys per MMA tile
+  int box_n;    ///< keys per load: what is skipped; block_n / box_n visible boxes make a tile
+  int stages;   ///< K and V tiles in shared memory
+  int warps;    ///< of the consumer warpgroups
+  bool softcap;
+
+  static constexpr int kChunkDims = 64;
+  static constexpr int kRowBytes = 128;
+  /// Visible boxes that the producer keeps in mind.
+  static constexpr int kQueueBoxes = 64;
+
+  TREEATTN_HOST_DEVICE constexpr int warpgroups() const { return warps / 4; }
+  /// One more warpgroup loads.
+  TREEATTN_HOST_DEVICE constexpr int threads() const { return warps * 32 + 128; }
+  TREEATTN_HOST_DEVICE constexpr int boxes() const { return block_n / box_n; }
+  TREEATTN_HOST_DEVICE constexpr int chunks() const { return (head_dim + 63) / 64; }
+  TREEATTN_HOST_DEVICE constexpr int chunks_v() const { return (head_dim_v + 63) / 64; }
+
+  // Shared memory, in bytes, in this order.
+  TREEATTN_HOST_DEVICE constexpr int q_bytes() const { return block_m * chunks() * kRowBytes; }
+  TREEATTN_HOST_DEVICE constexpr int k_stage_bytes() const {
+    return block_n * chunks() * kRowBytes;
+  }
+  TREEATTN_HOST_DEVICE constexpr int v_stage_bytes() const {
+    return block_n * chunks_v() * kRowBytes;
+  }
+  TREEATTN_HOST_DEVICE constexpr int k_offset() const { return q_bytes(); }
+  TREEATTN_HOST_DEVICE constexpr int v_offset() const {
+    return k_offset() + stages * k_stage_bytes();
+  }
+  /// Tiles whose intervals and flags are in shared memory: they come with K, which runs a tile
+  /// ahead of V, and go with V.
+  TREEATTN_HOST_DEVICE constexpr int mask_slots() const { return stages + 2; }
+  /// Per slot: first[block_n], len[block_n], then the tile's flags, all int32.
+  TREEATTN_HOST_DEVICE constexpr int mask_slot_bytes() const { return (2 * block_n + 4) * 4; }
+  TREEATTN_HOST_DEVICE constexpr int mask_offset() const {
+    return v_offset() + stages * v_stage_bytes();
+  }
+  /// {box, flags} of visible boxes, a ring.
+  TREEATTN_HOST_DEVICE constexpr int queue_offset() const {
+    return mask_offset() + mask_slots() * mask_slot_bytes();
+  }
+  /// What the block works on: {row0, rows, head, kind}.
+  TREEATTN_HOST_DEVICE constexpr int work_offset() const {
+    return queue_offset() + kQueueBoxes * 8;
+  }
+  /// mbarriers: Q full, Q empty, tail, then K full, K empty, V full and V empty per stage.
+  TREEATTN_HOST_DEVICE constexpr int barrier_offset() const { return work_offset() + 16; }
+  TREEATTN_HOST_DEVICE constexpr int smem_bytes() const {
+    return barrier_offset() + (3 + 4 * stages) * 8;
+  }
+
+  // Registers of a thread after the warpgroups have traded: a multiprocessor's 65,536 stay enough.
+  TREEATTN_HOST_DEVICE constexpr int producer_registers() const {
+    return warpgroups() == 2 ? 40 : 32;
+  }
+  TREEATTN_HOST_DEVICE constexpr int consumer_registers() const {
+    return warpgroups() == 2 ? 232 : 160;
+  }
+};
+
 /// Everything a backward kernel is specialised on. Rows in shared memory are padded to whole 16-dim
 /// MMA steps with zeros.
 struct BackwardConfig {

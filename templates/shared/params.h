@@ -54,6 +54,19 @@ struct ForwardParams {
   float softcap_in;    ///< with softcap: softmax_scale / softcap
 };
 
+/// A CUtensorMap, which the driver encodes and only the copy engine reads.
+struct alignas(128) TensorMap {
+  unsigned long long opaque[16];
+};
+
+/// Parameters of the sm90 family's forward kernels. The maps' dims are {head dim, head, token}.
+struct ForwardSm90Params {
+  TensorMap q;
+  TensorMap k;
+  TensorMap v;
+  ForwardParams f;
+};
+
 /// How the main backward kernel's work is dealt out; made on the device, before it starts. Blocks
 /// first take the units of tiles that several blocks share, for all kv heads, then whole tiles.
 struct ScheduleHeader {

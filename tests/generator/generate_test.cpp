@@ -145,6 +145,20 @@ TEST(Generate, EmittedConfigIsTheGoldenOne) {
           "}  // namespace treeattn\n");
 }
 
+// N follows the tile in Q K^T and head_dim_v in P V, with as many accumulators as that takes.
+TEST(Generate, EmittedWarpgroupInstructionsHaveTheShapesOfTheSpec) {
+  const std::string text =
+      generate(parse_kernel_spec("fwd/sm90@sm_90a/f16/d192v72/m128n96s2w8b32")).text;
+  EXPECT_THAT(text, HasSubstr("wgmma.mma_async.sync.aligned.m64n96k16.f32.f16.f16 {%0, %1,"));
+  EXPECT_THAT(text, HasSubstr("%46, %47}, %49, %50, p, 1, 1, 0, 0;"));
+  EXPECT_THAT(text, HasSubstr("setp.ne.b32 p, %48, 0;"));
+  EXPECT_THAT(text, HasSubstr("wgmma.mma_async.sync.aligned.m64n72k16.f32.f16.f16 {%0, %1,"));
+  EXPECT_THAT(text, HasSubstr("%34, %35}, {%36, %37, %38, %39}, %40, 1, 1, 1, 1;"));
+  EXPECT_THAT(text, HasSubstr("\"+f\"(d[47])\n"));
+  EXPECT_THAT(text, Not(HasSubstr("d[48]")));
+  EXPECT_THAT(text, HasSubstr("/*box_n=*/32"));
+}
+
 TEST(Generate, EmittedInstructionsAreOfTheDtype) {
   const std::string f16 = generate(parse_kernel_spec("fwd/sm80@sm_90/f16/d64v64")).text;
   const std::string bf16 = generate(parse_kernel_spec("fwd/sm80@sm_90/bf16/d64v64")).text;
@@ -157,6 +171,7 @@ TEST(Generate, EmittedInstructionsAreOfTheDtype) {
 
 TEST(Generate, EmbeddedTextHoldsEveryTemplate) {
   EXPECT_THAT(embedded_templates_text(), HasSubstr("kernels/forward_sm80.cuh"));
+  EXPECT_THAT(embedded_templates_text(), HasSubstr("kernels/forward_sm90.cuh"));
   EXPECT_THAT(embedded_templates_text(), HasSubstr("kernels/plan.cuh"));
 }
 

@@ -31,16 +31,20 @@ std::string refusal(std::string_view text) {
 TEST(KernelSpec, EveryDefaultSpecRoundTrips) {
   std::set<std::string> texts;
   std::unordered_set<KernelSpec, KernelSpecHash> specs;
+  const auto add = [&](Pass pass, Target target) {
+    for (const KernelSpec& spec : default_specs(pass, target)) {
+      const std::string text = to_string(spec);
+      EXPECT_EQ(parse_kernel_spec(text), spec) << text;
+      EXPECT_TRUE(texts.insert(text).second) << text << " names two specs";
+      EXPECT_TRUE(specs.insert(spec).second) << text;
+    }
+  };
   for (const ArchLimits& arch : known_targets()) {
     for (const Pass pass : {Pass::kForward, Pass::kBackward, Pass::kBackwardDq}) {
-      for (const KernelSpec& spec : default_specs(pass, arch.target)) {
-        const std::string text = to_string(spec);
-        EXPECT_EQ(parse_kernel_spec(text), spec) << text;
-        EXPECT_TRUE(texts.insert(text).second) << text << " names two specs";
-        EXPECT_TRUE(specs.insert(spec).second) << text;
-      }
+      add(pass, arch.target);
     }
   }
+  add(Pass::kForward, kSm90Target);
   EXPECT_GE(texts.size(), known_targets().size() * 2 * 31);
 }
 
@@ -54,6 +58,11 @@ TEST(KernelSpec, TextIsTheDocumentedOne) {
   spec.problem.softcap = true;
   spec.problem.dtype = KernelDType::kF16;
   EXPECT_EQ(to_string(spec), "fwd/sm80@sm_90/f16/d128v64/softcap/m128n64s2w4");
+  EXPECT_EQ(parse_kernel_spec(to_string(spec)), spec);
+  spec.problem.family = Family::kSm90;
+  spec.problem.target = {90, true};
+  spec.tile = {128, 128, 2, 8, 64};
+  EXPECT_EQ(to_string(spec), "fwd/sm90@sm_90a/f16/d128v64/softcap/m128n128s2w8b64");
   EXPECT_EQ(parse_kernel_spec(to_string(spec)), spec);
   KernelSpec plan;
   plan.problem.pass = Pass::kPlan;
@@ -74,7 +83,11 @@ TEST(KernelSpec, RefusalsNameThePart) {
   EXPECT_THAT(refusal(""), HasSubstr("''"));
   EXPECT_THAT(refusal("forward/sm80@sm_90"), HasSubstr("'forward' is not a pass"));
   EXPECT_THAT(refusal("fwd"), HasSubstr("family and target"));
-  EXPECT_THAT(refusal("fwd/sm90@sm_90/bf16/d64v64"), HasSubstr("'sm90@sm_90'"));
+  EXPECT_THAT(refusal("fwd/sm90@sm_90/bf16/d64v64"), HasSubstr("compiled for sm_90a"));
+  EXPECT_THAT(refusal("bwd/sm90@sm_90a/bf16/d64v64"), HasSubstr("forward kernels only"));
+  EXPECT_THAT(refusal("fwd/sm70@sm_90/bf16/d64v64"), HasSubstr("'sm70@sm_90'"));
+  EXPECT_THAT(refusal("fwd/sm80/bf16/d64v64"), HasSubstr("'sm80'"));
+  EXPECT_THAT(refusal("fwd/sm90@sm_90a/bf16/d64v64/m192n128s2w12b0"), HasSubstr("b0'"));
   EXPECT_THAT(refusal("fwd/sm80@sm_75/bf16/d64v64"), HasSubstr("sm_75"));
   EXPECT_THAT(refusal("fwd/sm80@90/bf16/d64v64"), HasSubstr("sm80@sm_90"));
   EXPECT_THAT(refusal("fwd/sm80@sm_90/fp8/d64v64"), HasSubstr("'fp8' is not a dtype"));
@@ -101,9 +114,9 @@ TEST(KernelSpec, TargetsAreReadTheWaysPeopleWriteThem) {
 // Bytes flipped, inserted and removed: either a spec whose text says the same, or an Error.
 TEST(KernelSpec, DamagedTextsParseToThemselvesOrAreRefused) {
   std::mt19937 random(7);
-  const std::vector<std::string> seeds = {"fwd/sm80@sm_90/bf16/d128v128/m128n64s2w4",
-                                          "fwd/sm80@sm_86/f16/d40v40/softcap/m128n64s2w4",
-                                          "plan/sm80@sm_90"};
+  const std::vector<std::string> seeds = {
+      "fwd/sm80@sm_90/bf16/d128v128/m128n64s2w4", "fwd/sm80@sm_86/f16/d40v40/softcap/m128n64s2w4",
+      "fwd/sm90@sm_90a/bf16/d64v64/m192n128s2w12b64", "plan/sm80@sm_90"};
   const std::string alphabet = "/@_0123456789abcdfmnpsvwxl-. \xff";
   int refused = 0;
   for (int round = 0; round < 20000; ++round) {

@@ -24,6 +24,13 @@ Problem problem(int head_dim, int head_dim_v, int cc = 90) {
   return p;
 }
 
+Problem sm90_problem(int head_dim, int head_dim_v) {
+  Problem p = problem(head_dim, head_dim_v);
+  p.family = Family::kSm90;
+  p.target = kSm90Target;
+  return p;
+}
+
 std::string reason(const Problem& p, TileConfig tile) {
   return refuse_tile(p, tile).value_or("");
 }
@@ -53,6 +60,40 @@ TEST(TileSpace, EveryPairOfHeadDimsHasALegalDefault) {
       }
     }
   }
+}
+
+TEST(TileSpace, EveryPairOfHeadDimsHasALegalDefaultInTheSm90Family) {
+  for (int head_dim = 16; head_dim <= 256; head_dim += 8) {
+    for (int head_dim_v = 16; head_dim_v <= 256; head_dim_v += 8) {
+      const Problem p = sm90_problem(head_dim, head_dim_v);
+      EXPECT_EQ(refuse_tile(p, default_tile(p)), std::nullopt) << to_string(p);
+    }
+  }
+}
+
+TEST(TileSpace, Sm90TilesAreRefusedWithTheReason) {
+  const Problem p = sm90_problem(128, 128);
+  EXPECT_EQ(reason(p, {128, 128, 2, 8, 32}), "");
+  EXPECT_THAT(reason(p, {64, 128, 2, 4, 32}), HasSubstr("block_m is 64, expected one of 128, 192"));
+  EXPECT_THAT(reason(p, {128, 120, 2, 8, 32}), HasSubstr("block_n is 120, expected a multiple"));
+  EXPECT_THAT(reason(p, {128, 128, 2, 8, 0}), HasSubstr("box_n is 0"));
+  EXPECT_THAT(reason(p, {128, 80, 2, 8, 32}), HasSubstr("expected a multiple of box_n, 32"));
+  EXPECT_THAT(reason(p, {128, 176, 2, 8, 16}), HasSubstr("11 boxes, expected at most 8"));
+  EXPECT_THAT(reason(p, {128, 128, 1, 8, 64}), HasSubstr("stages is 1, expected 2"));
+  EXPECT_THAT(reason(p, {128, 128, 2, 4, 64}), HasSubstr("warps is 4, expected 8"));
+  EXPECT_THAT(reason(p, {192, 128, 2, 12, 64}), HasSubstr("registers"));
+  EXPECT_THAT(reason(sm90_problem(256, 128), {128, 128, 2, 8, 64}),
+              HasSubstr("bytes of shared memory"));
+  EXPECT_THAT(reason(problem(128, 128), {128, 64, 2, 4, 64}), HasSubstr("no box_n"));
+  Problem elsewhere = p;
+  elsewhere.target = {100, true};
+  EXPECT_THAT(refuse_problem(elsewhere).value_or(""), HasSubstr("compiled for sm_90a"));
+  int legal = 0;
+  for (const TileCandidate& candidate : tile_candidates(p)) {
+    EXPECT_EQ(candidate.refused, reason(p, candidate.tile));
+    legal += candidate.refused.empty() ? 1 : 0;
+  }
+  EXPECT_GT(legal, 5);
 }
 
 TEST(TileSpace, DefaultsFitTheirTarget) {

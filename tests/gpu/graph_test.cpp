@@ -97,7 +97,7 @@ void capture_and_replay(const std::string& spec) {
   Plan plan = gpu_engine().plan_for(kTotal, kTotal, kBatch, {&shape, 1});
   if (!spec.empty()) {
     const TileConfig tile = parse_kernel_spec(spec).tile;
-    plan.views[plan.num_views++] = {tile.block_m, tile.block_n};
+    plan.views[plan.num_views++] = {tile.block_m, tile.view_block_n()};
   }
   const GuardedBuffer buffer(plan_bytes(plan));
   const GuardedBuffer q(c.q), k(c.k), v(c.v);

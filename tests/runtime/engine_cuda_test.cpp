@@ -255,6 +255,49 @@ TEST_F(CudaEngine, ASpecMustBeLegalFitTheArgumentsAndHaveAView) {
   EXPECT_THAT(driver_.launches()[0].entry, HasSubstr("m64n16s1w4"));
 }
 
+TEST_F(CudaEngine, Sm90KernelsGetTensorMapsAndAPersistentGrid) {
+  Engine engine;
+  constexpr int kDim = 128;
+  const Plan plan = plan_for(engine, kDim);
+  ForwardArgs a = args(plan, kDim);
+  a.spec = "fwd/sm90@sm_90a/bf16/d128v128/m128n128s2w8b64";
+  driver_.launch_params_bytes = sizeof(ForwardSm90Params);
+  engine.forward(a, stream());
+  ASSERT_THAT(driver_.launches(), SizeIs(1));
+  const FakeDriver::Launch seen = driver_.launches()[0];
+  EXPECT_THAT(seen.entry, HasSubstr("fwd_sm90_bf16_d128v128"));
+  EXPECT_EQ(seen.config.blockDimX, 384U);
+  // Fewer items than multiprocessors: one block each.
+  EXPECT_EQ(seen.config.gridDimX, 4U * static_cast<unsigned>(tile_slots(kTotal, 1, 128)));
+  const auto maps = driver_.tensor_maps();
+  ASSERT_THAT(maps, SizeIs(3));
+  EXPECT_THAT(maps[0].sizes, ElementsAre(kDim, 4, kTotal));
+  EXPECT_THAT(maps[0].box, ElementsAre(64, 1, 128));
+  EXPECT_THAT(maps[1].sizes, ElementsAre(kDim, 2, kTotal));
+  EXPECT_THAT(maps[1].box, ElementsAre(64, 1, 64));
+  EXPECT_THAT(maps[2].strides, ElementsAre(2 * kDim, 2 * 2 * kDim));
+  ForwardSm90Params params{};
+  std::memcpy(&params, seen.params.data(), sizeof params);
+  EXPECT_EQ(params.q.opaque[0], 0x0101010101010101U);
+  EXPECT_EQ(params.v.opaque[0], 0x0303030303030303U);
+  EXPECT_EQ(params.f.heads_per_kv, 2);
+
+  a.k.head_stride = 0;  // the same keys for every head
+  EXPECT_THAT(refusal([&] { engine.forward(a); }), HasSubstr("k has token stride 256 and head"));
+  a.spec = {};
+  EXPECT_EQ(refusal([&] { engine.forward(a); }), "accepted");
+}
+
+TEST_F(CudaEngine, Sm90KernelsAreRefusedOnOtherDevices) {
+  driver_.devices[0].major = 10;
+  Engine engine;
+  const Plan plan = plan_for(engine, 128);
+  ForwardArgs a = args(plan, 128);
+  a.spec = "fwd/sm90@sm_90a/bf16/d128v128/m128n128s2w8b64";
+  EXPECT_THAT(refusal([&] { engine.forward(a); }), HasSubstr("does not fit these arguments"));
+  EXPECT_THAT(driver_.launches(), IsEmpty());
+}
+
 TEST_F(CudaEngine, APlanForOtherHeadDimsIsRefused) {
   Engine engine;
   const Plan plan = plan_for(engine, 256);

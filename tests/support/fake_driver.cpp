@@ -220,6 +220,23 @@ struct FakeDriverCalls {
     return CUDA_SUCCESS;
   }
 
+  static CUresult encode_tensor_map(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank,
+                                    void* data, const cuuint64_t* sizes, const cuuint64_t* strides,
+                                    const cuuint32_t* box, const cuuint32_t*, CUtensorMapInterleave,
+                                    CUtensorMapSwizzle swizzle, CUtensorMapL2promotion,
+                                    CUtensorMapFloatOOBfill) {
+    if (fake().tensor_map_result != CUDA_SUCCESS) return fake().tensor_map_result;
+    const std::lock_guard lock(fake().mutex_);
+    fake().tensor_maps_.push_back({type,
+                                   data,
+                                   {sizes, sizes + rank},
+                                   {strides, strides + rank - 1},
+                                   {box, box + rank},
+                                   swizzle});
+    std::memset(map, static_cast<int>(fake().tensor_maps_.size()), sizeof(*map));
+    return CUDA_SUCCESS;
+  }
+
   static CUresult is_capturing(CUstream stream, CUstreamCaptureStatus* status) {
     const std::lock_guard lock(fake().mutex_);
     const bool captured = fake().capturing_.count(stream) > 0;
@@ -326,6 +343,7 @@ struct FakeDriverCalls {
     table.cuKernelSetAttribute = set_attribute;
     table.cuKernelGetAttribute = get_attribute;
     table.cuLaunchKernelEx = launch;
+    table.cuTensorMapEncodeTiled = encode_tensor_map;
     table.cuStreamIsCapturing = is_capturing;
     table.cuThreadExchangeStreamCaptureMode = exchange_mode;
     table.cuStreamCreate = stream_create;
@@ -387,6 +405,11 @@ void FakeDriver::set_capturing(CUstream stream, bool capturing) {
 std::vector<FakeDriver::Launch> FakeDriver::launches() const {
   const std::lock_guard lock(mutex_);
   return launches_;
+}
+
+std::vector<FakeDriver::TensorMapCall> FakeDriver::tensor_maps() const {
+  const std::lock_guard lock(mutex_);
+  return tensor_maps_;
 }
 
 int FakeDriver::smem_limit(const std::string& entry, int device) const {

@@ -36,6 +36,14 @@ class FakeDriver {
     std::vector<std::byte> params;  ///< the first launch_params_bytes of them
     CUcontext context = nullptr;
   };
+  /// What cuTensorMapEncodeTiled was asked for; the map it gives holds the call's number.
+  struct TensorMapCall {
+    CUtensorMapDataType type{};
+    const void* data = nullptr;
+    std::vector<std::uint64_t> sizes, strides;
+    std::vector<std::uint32_t> box;
+    CUtensorMapSwizzle swizzle{};
+  };
   struct Kernel {
     std::string entry;
     int library = 0;
@@ -51,6 +59,7 @@ class FakeDriver {
   std::vector<Device> devices;
   int cuda_version = 13'000;
   std::size_t launch_params_bytes = 0;
+  CUresult tensor_map_result = CUDA_SUCCESS;
   CUresult launch_result = CUDA_SUCCESS;
   CUresult alloc_result = CUDA_SUCCESS;
   CUresult unload_result = CUDA_SUCCESS;
@@ -71,6 +80,7 @@ class FakeDriver {
   int unloads() const { return unloads_; }
   int live_libraries() const { return loads_ - unloads_; }
   std::vector<Launch> launches() const;
+  std::vector<TensorMapCall> tensor_maps() const;
   /// Dynamic shared memory allowed for an entry on a device; -1: never set.
   int smem_limit(const std::string& entry, int device) const;
   int attribute_calls() const { return attribute_calls_; }
@@ -96,6 +106,7 @@ class FakeDriver {
   std::set<CUstream> capturing_;
   std::set<void*> allocations_;
   std::vector<Launch> launches_;
+  std::vector<TensorMapCall> tensor_maps_;
   std::atomic<int> loads_{0}, unloads_{0}, attribute_calls_{0};
   std::atomic<bool> capture_broken_{false};
 };

@@ -1,0 +1,62 @@
+#include "runtime/cuda/tensor_map.h"
+
+#include <fmt/format.h>
+
+#include <cstring>
+
+#include "runtime/cuda/driver.h"
+
+namespace treeattn {
+namespace {
+
+constexpr int kElementBytes = 2;
+constexpr std::int64_t kMostStrideBytes = std::int64_t{1} << 40;
+
+bool fits(std::int64_t stride, std::int64_t count) {
+  return count <= 1 || (stride > 0 && stride * kElementBytes < kMostStrideBytes);
+}
+
+/// The driver checks strides of dimensions of size 1 too.
+std::uint64_t stride_bytes(std::int64_t stride, std::int64_t count) {
+  return count <= 1 ? 16 : static_cast<std::uint64_t>(stride) * kElementBytes;
+}
+
+}  // namespace
+
+bool fits_tensor_map(const TensorMapRequest& request) {
+  return fits(request.token_stride, request.tokens) && fits(request.head_stride, request.heads);
+}
+
+TensorMap encode_tensor_map(const TensorMapRequest& request) {
+  static_assert(sizeof(TensorMap) == sizeof(CUtensorMap) &&
+                alignof(TensorMap) >= alignof(CUtensorMap));
+  TensorMap map{};
+  if (request.tokens == 0) return map;
+  const std::uint64_t sizes[] = {static_cast<std::uint64_t>(request.dims),
+                                 static_cast<std::uint64_t>(request.heads),
+                                 static_cast<std::uint64_t>(request.tokens)};
+  const std::uint64_t strides[] = {stride_bytes(request.head_stride, request.heads),
+                                   stride_bytes(request.token_stride, request.tokens)};
+  const std::uint32_t box[] = {ForwardSm90Config::kChunkDims, 1,
+                               static_cast<std::uint32_t>(request.rows)};
+  const std::uint32_t steps[] = {1, 1, 1};
+  CUtensorMap encoded{};
+  const CUresult result = driver().cuTensorMapEncodeTiled(
+      &encoded,
+      request.dtype == KernelDType::kF16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                         : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+      3, const_cast<void*>(request.data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS) {
+    throw_cuda_error(result,
+                     fmt::format("cuTensorMapEncodeTiled of {} tokens x {} heads x {} dims with "
+                                 "strides {} and {}",
+                                 request.tokens, request.heads, request.dims, request.token_stride,
+                                 request.head_stride));
+  }
+  std::memcpy(&map, &encoded, sizeof(map));
+  return map;
+}
+
+}  // namespace treeattn
