@@ -155,11 +155,9 @@ struct Item {
 /// The kernel that will run; empty on the CPU.
 std::string kernel_of(const Session& session, const Item& item) {
   if (!item.spec.empty() || !session.gpu()) return item.spec;
-  const DeviceInfo& device = session.device();
   const Shape shape{item.shape.dtype,         item.shape.heads,           item.shape.heads_kv,
                     item.shape.dims.head_dim, item.shape.dims.head_dim_v, item.shape.softcap > 0};
-  return to_string(
-      default_spec(problem_for(item.pass, shape, target_for_device(device.major, device.minor))));
+  return to_string(default_spec(problem_for(item.pass, shape, kernel_target(session.device()))));
 }
 
 /// Multiply-adds of the pairs that the mask allows, counted as two each: two products forward, five

@@ -53,7 +53,7 @@ Json examine_gpu(int ordinal) {
     json["memory_bytes"] = info.memory_bytes;
     json["l2_bytes"] = info.l2_bytes;
     json["smem_per_block_bytes"] = info.smem_optin_bytes;
-    json["target"] = to_string(target_for_device(info.major, info.minor));
+    json["target"] = to_string(kernel_target(info));
   } catch (const Error& error) {
     json["problem"] = error.what();
   }

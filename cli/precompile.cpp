@@ -77,7 +77,9 @@ std::vector<Target> known_to_nvrtc() {
   std::vector<Target> targets;
   for (const ArchLimits& known : known_targets()) {
     const bool compiles = archs.empty() || std::count(archs.begin(), archs.end(), known.target.cc);
-    if (compiles) targets.push_back(known.target);
+    if (!compiles) continue;
+    targets.push_back(known.target);
+    if (known.target.cc == kSm90Target.cc) targets.push_back(kSm90Target);
   }
   return targets;
 }
@@ -89,8 +91,7 @@ std::vector<Target> local_targets() {
   int count = 0;
   if (table != nullptr) check(table->cuDeviceGetCount(&count), "counting GPUs");
   for (int ordinal = 0; ordinal < count; ++ordinal) {
-    const DeviceInfo& info = device_info(ordinal);
-    targets.push_back(target_for_device(info.major, info.minor));
+    targets.push_back(kernel_target(device_info(ordinal)));
   }
   if (targets.empty()) {
     throw UsageError(
@@ -132,9 +133,11 @@ std::vector<Pass> parse_passes(const std::string& text) {
 }
 
 KernelSpec plan_spec(const Target& target) {
+  const FamilyTarget kernels = default_family(Pass::kPlan, target);
   KernelSpec spec;
   spec.problem.pass = Pass::kPlan;
-  spec.problem.target = target;
+  spec.problem.family = kernels.family;
+  spec.problem.target = kernels.target;
   return spec;
 }
 
@@ -150,9 +153,11 @@ void add_grid(const PrecompileOptions& options, const Target& target,
   if (options.softcap != "on") softcaps.push_back(false);
   if (options.softcap != "off") softcaps.push_back(true);
   Problem problem;
-  problem.target = target;
   for (const Pass pass : passes) {
+    const FamilyTarget kernels = default_family(pass, target);
     problem.pass = pass;
+    problem.family = kernels.family;
+    problem.target = kernels.target;
     for (const DType dtype : parse_dtypes("--dtype", options.dtypes, false)) {
       problem.dtype = kernel_dtype(dtype);
       for (const HeadDims& dims : parse_head_dims("--head-dim", options.head_dims)) {

@@ -32,8 +32,7 @@ std::string refuse_gpu(int ordinal) {
   }
   if (ordinal >= count) return fmt::format("GPU {} was asked for, there are {}", ordinal, count);
   try {
-    const DeviceInfo& info = device_info(ordinal);
-    target_for_device(info.major, info.minor);
+    kernel_target(device_info(ordinal));
   } catch (const Error& error) {
     return error.what();
   }

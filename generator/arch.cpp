@@ -40,6 +40,12 @@ ArchLimits arch_limits(Target target) {
   return limits;
 }
 
+FamilyTarget default_family(Pass pass, Target device) {
+  if (device != kSm90Target) return {Family::kSm80, device};
+  if (pass == Pass::kForward) return {Family::kSm90, device};
+  return {Family::kSm80, Target{device.cc, false}};
+}
+
 Target target_for_device(int major, int minor) {
   if (major < 8) {
     throw Error(

@@ -266,13 +266,13 @@ KernelSpec default_spec(const Problem& problem) {
 
 std::vector<KernelSpec> default_specs(Pass pass, Target target) {
   std::vector<KernelSpec> specs;
+  const FamilyTarget kernels = default_family(pass, target);
   for (const KernelDType dtype : {KernelDType::kF16, KernelDType::kBF16}) {
     const auto add = [&](std::uint16_t head_dim, std::uint16_t head_dim_v) {
       Problem problem;
       problem.pass = pass;
-      problem.family =
-          target == kSm90Target && pass == Pass::kForward ? Family::kSm90 : Family::kSm80;
-      problem.target = target;
+      problem.family = kernels.family;
+      problem.target = kernels.target;
       problem.dtype = dtype;
       problem.head_dim = head_dim;
       problem.head_dim_v = head_dim_v;

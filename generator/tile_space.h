@@ -26,9 +26,9 @@ std::vector<TileCandidate> tile_candidates(const Problem& problem);
 TileConfig default_tile(const Problem& problem);
 /// The problem with its default tile.
 KernelSpec default_spec(const Problem& problem);
-/// All default specs of one target and pass (forward or backward): every head dim, both dtypes,
-/// plus the supported pairs of different head_dim and head_dim_v that models use (192/128 and so
-/// on).
+/// All default specs of a pass on one device's target (see default_family): every head dim, both
+/// dtypes, plus the supported pairs of different head_dim and head_dim_v that models use (192/128
+/// and so on).
 std::vector<KernelSpec> default_specs(Pass pass, Target target);
 
 }  // namespace treeattn

@@ -69,7 +69,7 @@ struct Engine::Impl {
     CUdevice ordinal{};
     check(d.cuCtxGetDevice(&ordinal), "cuCtxGetDevice");
     device = device_info(ordinal);
-    target = target_for_device(device.major, device.minor);
+    target = kernel_target(device);
     fork_generation_at_birth = fork_generation();
     kernels = KernelCache::create_default();
   }
@@ -85,7 +85,9 @@ struct Engine::Impl {
   KernelSpec plan_spec() const {
     KernelSpec spec;
     spec.problem.pass = Pass::kPlan;
-    spec.problem.target = target;
+    const FamilyTarget made = default_family(Pass::kPlan, target);
+    spec.problem.family = made.family;
+    spec.problem.target = made.target;
     return spec;
   }
 
@@ -98,9 +100,9 @@ struct Engine::Impl {
     if (text.empty()) return kernel_spec(pass, shape);
     const KernelSpec spec = parse_kernel_spec(text);
     Problem asked = problem_for(pass, shape, target);
-    if (spec.problem.family == Family::kSm90 && target.cc == kSm90Target.cc) {
-      asked.family = Family::kSm90;
-      asked.target = kSm90Target;
+    if (target.cc == kSm90Target.cc) {  // where both families run
+      asked.family = spec.problem.family;
+      asked.target = Target{target.cc, spec.problem.family == Family::kSm90};
     }
     if (spec.problem != asked) {
       throw Error(ErrorCode::kInvalidArgument,
@@ -158,17 +160,21 @@ struct Engine::Impl {
     check_tensor_map("v", maps.v);
     const ContextScope scope(context);
     const ForwardSm90Params params{encode_tensor_map(maps.q), encode_tensor_map(maps.k),
-                                   encode_tensor_map(maps.v), work.params};
+                                   encode_tensor_map(maps.v), work.params,
+                                   maps.q.head_step(),        maps.k.head_step(),
+                                   maps.v.head_step()};
     launch(kernels->get(spec, to_stream(stream)), 0, work.grid, &params, sizeof(params), stream);
   }
 
   static void check_tensor_map(std::string_view name, const TensorMapRequest& request) {
     if (fits_tensor_map(request)) return;
-    throw Error(ErrorCode::kUnsupported,
-                fmt::format("{} has token stride {} and head stride {}, which kernels of the sm90 "
-                            "family cannot read: expected positive strides",
-                            name, request.token_stride, request.head_stride),
-                "name a spec of the sm80 family, or none");
+    throw Error(
+        ErrorCode::kUnsupported,
+        fmt::format(
+            "{} has token stride {} and head stride {}, which kernels of the sm90 "
+            "family cannot read: expected a positive token stride and no negative head stride",
+            name, request.token_stride, request.head_stride),
+        "copy the tensor, or set TREEATTN_FAMILY=sm80");
   }
 
   void backward(const BackwardArgs& args, const PlanShape& plan, Stream stream) {

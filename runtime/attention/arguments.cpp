@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "generator/arch.h"
 #include "treeattn/error.h"
 
 namespace treeattn {
@@ -164,8 +165,9 @@ void check_output(std::string_view name, const Tensor& t, std::int64_t tokens, i
 Problem problem_for(Pass pass, const Shape& shape, Target target) {
   Problem problem;
   problem.pass = pass;
-  problem.family = Family::kSm80;
-  problem.target = target;
+  const FamilyTarget kernels = default_family(pass, target);
+  problem.family = kernels.family;
+  problem.target = kernels.target;
   problem.dtype = shape.dtype == DType::kF16 ? KernelDType::kF16 : KernelDType::kBF16;
   problem.head_dim = static_cast<std::uint16_t>(shape.head_dim);
   problem.head_dim_v = static_cast<std::uint16_t>(value_head_dim(shape.head_dim, shape.head_dim_v));

@@ -38,7 +38,7 @@ void check_output(std::string_view name, const Tensor& tensor, std::int64_t toke
                   int dim, DType dtype, bool cuda);
 void check_aligned(std::string_view name, const void* pointer, std::size_t bytes);
 
-/// The problem that a shape poses to the kernels of a target.
+/// The problem that a shape poses to the default kernels of a device's target.
 Problem problem_for(Pass pass, const Shape& shape, Target target);
 
 /// One kernel's blocks; x == 0: it is not launched.

@@ -8,6 +8,7 @@
 #include <mutex>
 #include <utility>
 
+#include "generator/arch.h"
 #include "treeattn/error.h"
 
 namespace treeattn {
@@ -56,6 +57,12 @@ const DeviceInfo& device_info(CUdevice device) {
   const auto found = known->find(key);
   if (found != known->end()) return found->second;
   return known->emplace(key, read_device(device)).first->second;
+}
+
+Target kernel_target(const DeviceInfo& device, FamilyChoice choice) {
+  const Target target = target_for_device(device.major, device.minor);
+  const bool hopper = target.cc == kSm90Target.cc;
+  return hopper && choice == FamilyChoice::kAuto ? kSm90Target : target;
 }
 
 CUdevice current_device() {

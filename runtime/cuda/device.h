@@ -5,7 +5,9 @@
 #include <cstdint>
 #include <string>
 
+#include "generator/kernel_spec.h"
 #include "runtime/cuda/driver.h"
+#include "runtime/support/config.h"
 
 namespace treeattn {
 
@@ -25,6 +27,10 @@ struct DeviceInfo {
 
 /// Read once per device; the reference stays valid.
 const DeviceInfo& device_info(CUdevice device);
+
+/// The target of the kernels that run on a device unless a caller names others: see
+/// default_family(). Throws Error(kUnsupported) below compute capability 8.0.
+Target kernel_target(const DeviceInfo& device, FamilyChoice choice = config().family);
 
 /// The device of the current context. Throws with what to do if there is no current context.
 CUdevice current_device();

@@ -16,6 +16,11 @@ bool fits(std::int64_t stride, std::int64_t count) {
   return count <= 1 || (stride > 0 && stride * kElementBytes < kMostStrideBytes);
 }
 
+/// Heads that lie apart.
+int mapped_heads(const TensorMapRequest& request) {
+  return request.head_stride == 0 ? 1 : request.heads;
+}
+
 /// The driver checks strides of dimensions of size 1 too.
 std::uint64_t stride_bytes(std::int64_t stride, std::int64_t count) {
   return count <= 1 ? 16 : static_cast<std::uint64_t>(stride) * kElementBytes;
@@ -24,7 +29,8 @@ std::uint64_t stride_bytes(std::int64_t stride, std::int64_t count) {
 }  // namespace
 
 bool fits_tensor_map(const TensorMapRequest& request) {
-  return fits(request.token_stride, request.tokens) && fits(request.head_stride, request.heads);
+  return fits(request.token_stride, request.tokens) &&
+         fits(request.head_stride, mapped_heads(request));
 }
 
 TensorMap encode_tensor_map(const TensorMapRequest& request) {
@@ -33,9 +39,9 @@ TensorMap encode_tensor_map(const TensorMapRequest& request) {
   TensorMap map{};
   if (request.tokens == 0) return map;
   const std::uint64_t sizes[] = {static_cast<std::uint64_t>(request.dims),
-                                 static_cast<std::uint64_t>(request.heads),
+                                 static_cast<std::uint64_t>(mapped_heads(request)),
                                  static_cast<std::uint64_t>(request.tokens)};
-  const std::uint64_t strides[] = {stride_bytes(request.head_stride, request.heads),
+  const std::uint64_t strides[] = {stride_bytes(request.head_stride, mapped_heads(request)),
                                    stride_bytes(request.token_stride, request.tokens)};
   const std::uint32_t box[] = {ForwardSm90Config::kChunkDims, 1,
                                static_cast<std::uint32_t>(request.rows)};

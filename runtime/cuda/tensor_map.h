@@ -18,9 +18,13 @@ struct TensorMapRequest {
   std::int64_t token_stride = 0;  ///< elements
   std::int64_t head_stride = 0;   ///< elements
   int rows = 0;
+
+  /// What a head's index is multiplied by: heads without a stride are one in the map.
+  int head_step() const { return head_stride == 0 ? 0 : 1; }
 };
 
-/// Whether a tensor map can hold the strides: positive, where there is more than one of something.
+/// Whether a tensor map can hold the strides: positive, where there is more than one of something;
+/// heads may have none.
 bool fits_tensor_map(const TensorMapRequest& request);
 /// Encodes on the host, about a quarter of a microsecond; no device is touched. An empty tensor
 /// gets an all-zero map, which must not be read. Throws Error(kCudaError).

@@ -25,6 +25,8 @@ constexpr std::array kVariables = {
              "auto: compile what is not cached; off: fail instead; force: compile always"},
     Variable{"TREEATTN_CAPTURE_MISS",
              "a kernel not loaded before graph capture: load (with a warning) or error"},
+    Variable{"TREEATTN_FAMILY",
+             "sm80: the same kernels everywhere; auto: the sm90 family's forward on a 9.0 GPU"},
     Variable{"TREEATTN_LOG", "error, warning, info or debug"},
     Variable{"TREEATTN_NVRTC", "the NVRTC library, or the folder that holds it"},
     Variable{"TREEATTN_LIBCUDA", "the CUDA driver library"},
@@ -133,6 +135,8 @@ Config Config::from_environment() {
       {"auto", JitPolicy::kAuto}, {"off", JitPolicy::kOff}, {"force", JitPolicy::kForce}};
   static constexpr std::pair<std::string_view, CaptureMiss> kCapture[] = {
       {"load", CaptureMiss::kLoad}, {"error", CaptureMiss::kError}};
+  static constexpr std::pair<std::string_view, FamilyChoice> kFamily[] = {
+      {"auto", FamilyChoice::kAuto}, {"sm80", FamilyChoice::kSm80}};
   static constexpr std::pair<std::string_view, LogLevel> kLog[] = {{"error", LogLevel::kError},
                                                                    {"warning", LogLevel::kWarning},
                                                                    {"info", LogLevel::kInfo},
@@ -142,6 +146,7 @@ Config Config::from_environment() {
   config.cache_path = treeattn::cache_path(config);
   parse_choice<JitPolicy>("TREEATTN_JIT", kJit, config.jit, config);
   parse_choice<CaptureMiss>("TREEATTN_CAPTURE_MISS", kCapture, config.capture_miss, config);
+  parse_choice<FamilyChoice>("TREEATTN_FAMILY", kFamily, config.family, config);
   parse_choice<LogLevel>("TREEATTN_LOG", kLog, config.log_level, config);
   config.nvrtc_path = library_variable("TREEATTN_NVRTC", config);
   config.driver_path = library_variable("TREEATTN_LIBCUDA", config);

@@ -11,6 +11,8 @@ namespace treeattn {
 enum class JitPolicy { kAuto, kOff, kForce };
 /// A kernel that is missing while a stream is captured: load it with a warning, or fail.
 enum class CaptureMiss { kLoad, kError };
+/// Which kernels run where several families could: those of the device's own generation, or sm80's.
+enum class FamilyChoice { kAuto, kSm80 };
 enum class LogLevel { kError, kWarning, kInfo, kDebug };
 
 struct EnvVar {
@@ -27,6 +29,7 @@ struct Config {
   std::vector<std::string> cache_path;  ///< TREEATTN_CACHE_PATH: read-only roots, searched first
   JitPolicy jit = JitPolicy::kAuto;     ///< TREEATTN_JIT = auto | off | force
   CaptureMiss capture_miss = CaptureMiss::kLoad;  ///< TREEATTN_CAPTURE_MISS = load | error
+  FamilyChoice family = FamilyChoice::kSm80;      ///< TREEATTN_FAMILY = auto | sm80
   LogLevel log_level = LogLevel::kWarning;        ///< TREEATTN_LOG = error | warning | info | debug
   std::string nvrtc_path;                         ///< TREEATTN_NVRTC: library file or its folder
   std::string driver_path;                        ///< TREEATTN_LIBCUDA: library file

@@ -207,13 +207,13 @@ struct Producer {
   }
 
   template <int kChunks>
-  __device__ __forceinline__ void load_boxes(u32 to, const TensorMap& map, u32 barrier, int first,
-                                             int boxes) const {
+  __device__ __forceinline__ void load_boxes(u32 to, const TensorMap& map, int head, u32 barrier,
+                                             int first, int boxes) const {
     if (lane >= kBoxes * kChunks) return;
     const int b = lane % kBoxes;
     const int chunk = lane / kBoxes;
     const int key = box_key(first, boxes, b);
-    tensor_load(to + (chunk * kN + b * kBox) * kRowBytes, map, barrier, chunk * kChunkDims, kv_head,
+    tensor_load(to + (chunk * kN + b * kBox) * kRowBytes, map, barrier, chunk * kChunkDims, head,
                 key >= 0 ? tile.key0 + key : -kBox);
   }
 
@@ -229,7 +229,7 @@ struct Producer {
       mbarrier_arrive_expect_tx(full, kConfig.k_stage_bytes());
     }
     __syncwarp();
-    load_boxes<kChunksQk>(smem.k(k_ring.stage), p.k, full, first, boxes);
+    load_boxes<kChunksQk>(smem.k(k_ring.stage), p.k, kv_head * p.k_head_step, full, first, boxes);
     if (flags != kAllFull) {
 #pragma unroll 1
       for (int i = lane; i < kN; i += 32) {
@@ -256,7 +256,8 @@ struct Producer {
     const u32 arrives_at = tail ? smem.tail() : full;
     if (lane == 0) mbarrier_arrive_expect_tx(arrives_at, kConfig.v_stage_bytes());
     __syncwarp();
-    load_boxes<kChunksV>(smem.v(v_ring.stage), p.v, arrives_at, first, boxes);
+    load_boxes<kChunksV>(smem.v(v_ring.stage), p.v, kv_head * p.v_head_step, arrives_at, first,
+                         boxes);
     if (tail) {
       mbarrier_wait(smem.tail(), tail_parity);
       tail_parity ^= 1;
@@ -288,8 +289,8 @@ struct Producer {
     }
     __syncwarp();
     if (kind == kAttend && lane < kChunksQk) {
-      tensor_load(smem.q() + lane * kM * kRowBytes, p.q, smem.q_full(), lane * kChunkDims, head,
-                  tile.row0);
+      tensor_load(smem.q() + lane * kM * kRowBytes, p.q, smem.q_full(), lane * kChunkDims,
+                  head * p.q_head_step, tile.row0);
     }
   }
 

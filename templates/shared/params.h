@@ -65,6 +65,7 @@ struct ForwardSm90Params {
   TensorMap k;
   TensorMap v;
   ForwardParams f;
+  int q_head_step, k_head_step, v_head_step;  ///< 0: all heads are the map's one
 };
 
 /// How the main backward kernel's work is dealt out; made on the device, before it starts. Blocks

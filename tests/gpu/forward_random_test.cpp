@@ -86,9 +86,8 @@ TEST_F(ForwardRandom, WithoutLseTheOutputIsTheSame) {
 // Every default kernel of this GPU: what prepare() makes ready is the spec of exactly these head
 // dims, and it computes what it should.
 TEST_F(ForwardRandom, EveryDefaultKernelAgreesWithTheOracle) {
-  const DeviceInfo& device = device_info(0);
   const std::vector<KernelSpec> specs =
-      default_specs(Pass::kForward, target_for_device(device.major, device.minor));
+      default_specs(Pass::kForward, kernel_target(device_info(0)));
   ASSERT_GE(specs.size(), 62U);
   std::vector<JudgedCase> cases = make_cases(static_cast<int>(specs.size()), [&](int n) {
     const Problem& problem = specs[n].problem;

@@ -106,17 +106,21 @@ TEST_F(ConfigTest, ParsesEveryChoice) {
   set("TREEATTN_JIT", "off");
   set("TREEATTN_CAPTURE_MISS", "error");
   set("TREEATTN_LOG", "debug");
+  set("TREEATTN_FAMILY", "auto");
   Config config = Config::from_environment();
   EXPECT_EQ(config.jit, JitPolicy::kOff);
   EXPECT_EQ(config.capture_miss, CaptureMiss::kError);
   EXPECT_EQ(config.log_level, LogLevel::kDebug);
+  EXPECT_EQ(config.family, FamilyChoice::kAuto);
   set("TREEATTN_JIT", "force");
   set("TREEATTN_CAPTURE_MISS", "load");
   set("TREEATTN_LOG", "error");
+  set("TREEATTN_FAMILY", "sm80");
   config = Config::from_environment();
   EXPECT_EQ(config.jit, JitPolicy::kForce);
   EXPECT_EQ(config.capture_miss, CaptureMiss::kLoad);
   EXPECT_EQ(config.log_level, LogLevel::kError);
+  EXPECT_EQ(config.family, FamilyChoice::kSm80);
   EXPECT_THAT(config.problems, IsEmpty());
 }
 

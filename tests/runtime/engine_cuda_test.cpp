@@ -13,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "generator/arch.h"
 #include "generator/tile_space.h"
 #include "runtime/attention/plan_cpu.h"
 #include "runtime/support/config.h"
@@ -282,10 +283,34 @@ TEST_F(CudaEngine, Sm90KernelsGetTensorMapsAndAPersistentGrid) {
   EXPECT_EQ(params.v.opaque[0], 0x0303030303030303U);
   EXPECT_EQ(params.f.heads_per_kv, 2);
 
+  EXPECT_EQ(params.k_head_step, 1);
+
   a.k.head_stride = 0;  // the same keys for every head
-  EXPECT_THAT(refusal([&] { engine.forward(a); }), HasSubstr("k has token stride 256 and head"));
+  engine.forward(a);
+  const FakeDriver::Launch shared = driver_.launches()[1];
+  std::memcpy(&params, shared.params.data(), sizeof params);
+  EXPECT_EQ(params.k_head_step, 0);
+  EXPECT_EQ(params.v_head_step, 1);
+
+  a.k.token_stride = 0;
+  EXPECT_THAT(refusal([&] { engine.forward(a); }), HasSubstr("k has token stride 0 and head"));
+  driver_.launch_params_bytes = sizeof(ForwardParams);
   a.spec = {};
   EXPECT_EQ(refusal([&] { engine.forward(a); }), "accepted");
+}
+
+TEST_F(CudaEngine, TheFamilyIsTheDevicesOrTheOneChosen) {
+  DeviceInfo device;
+  device.major = 9;
+  EXPECT_EQ(kernel_target(device, FamilyChoice::kAuto), kSm90Target);
+  EXPECT_EQ(kernel_target(device, FamilyChoice::kSm80), (Target{90, false}));
+  device.major = 10;
+  EXPECT_EQ(kernel_target(device, FamilyChoice::kAuto), (Target{100, false}));
+  const Shape one = shape(128);
+  EXPECT_EQ(to_string(problem_for(Pass::kForward, one, kSm90Target)),
+            "fwd/sm90@sm_90a/bf16/d128v128");
+  EXPECT_EQ(to_string(problem_for(Pass::kBackward, one, kSm90Target)),
+            "bwd/sm80@sm_90/bf16/d128v128");
 }
 
 TEST_F(CudaEngine, Sm90KernelsAreRefusedOnOtherDevices) {
