@@ -15,7 +15,9 @@
 
 #include "generator/arch.h"
 #include "generator/tile_space.h"
+#include "runtime/attention/arguments.h"
 #include "runtime/attention/plan_cpu.h"
+#include "runtime/cuda/device.h"
 #include "runtime/support/config.h"
 #include "templates/shared/params.h"
 #include "tests/support/allocation_counter.h"
