@@ -22,10 +22,10 @@
 //           warpgroup's turn to issue.
 // Registers O: head_dim_v / 2 a thread; S: block_n / 2; P: block_n / 4. The producer's warpgroup
 //           gives its registers to the consumers (setmaxnreg).
-// Shared    Q | stages x K | stages x V | (stages + 2) x {first, len, flags} | queue | work |
-// mbarriers;
-//           ForwardSm90Config has the offsets. Intervals have two slots more than V, with which
-//           they are released: K runs a tile ahead of V.
+// Shared    1 or 2 x Q | stages x K | stages x V | (stages + 2) x {first, len, flags} | queue |
+//           work | mbarriers; ForwardSm90Config has the offsets. Q has two stages where there is
+//           room. Intervals have two slots more than V, with which they are released: K runs a tile
+//           ahead of V.
 #pragma once
 
 #include "../device/ptx_sm90.cuh"
@@ -49,6 +49,7 @@ inline constexpr int kScores = kN / 2;                   ///< S accumulators of 
 inline constexpr int kOutputs = kConfig.head_dim_v / 2;  ///< O accumulators of a thread
 inline constexpr int kChunkDims = ForwardSm90Config::kChunkDims;
 inline constexpr int kRowBytes = ForwardSm90Config::kRowBytes;
+inline constexpr int kQStages = kConfig.q_stages();
 inline constexpr int kMaskSlots = kConfig.mask_slots();
 inline constexpr bool kTurns = kConfig.head_dim_v <= 128;
 
@@ -98,7 +99,9 @@ struct Schedule {
 struct Smem {
   u32 base;
 
-  __device__ __forceinline__ u32 q() const { return base; }
+  __device__ __forceinline__ u32 q(int stage) const {
+    return base + stage * kConfig.q_stage_bytes();
+  }
   __device__ __forceinline__ u32 k(int stage) const {
     return base + kConfig.k_offset() + stage * kConfig.k_stage_bytes();
   }
@@ -112,30 +115,33 @@ struct Smem {
   __device__ __forceinline__ u32 queue(int place) const {
     return base + kConfig.queue_offset() + place % ForwardSm90Config::kQueueBoxes * 8;
   }
-  __device__ __forceinline__ u32 work() const { return base + kConfig.work_offset(); }
+  __device__ __forceinline__ u32 work(int stage) const {
+    return base + kConfig.work_offset() + stage * 16;
+  }
   __device__ __forceinline__ u32 barrier(int index) const {
     return base + kConfig.barrier_offset() + index * 8;
   }
-  __device__ __forceinline__ u32 q_full() const { return barrier(0); }
-  __device__ __forceinline__ u32 q_empty() const { return barrier(1); }
-  __device__ __forceinline__ u32 tail() const { return barrier(2); }
-  __device__ __forceinline__ u32 k_full(int stage) const { return barrier(3 + stage); }
-  __device__ __forceinline__ u32 k_empty(int stage) const { return barrier(3 + kStages + stage); }
+  __device__ __forceinline__ u32 tail() const { return barrier(0); }
+  __device__ __forceinline__ u32 q_full(int stage) const { return barrier(1 + stage); }
+  __device__ __forceinline__ u32 q_empty(int stage) const { return barrier(3 + stage); }
+  __device__ __forceinline__ u32 k_full(int stage) const { return barrier(5 + stage); }
+  __device__ __forceinline__ u32 k_empty(int stage) const { return barrier(5 + kStages + stage); }
   __device__ __forceinline__ u32 v_full(int stage) const {
-    return barrier(3 + 2 * kStages + stage);
+    return barrier(5 + 2 * kStages + stage);
   }
   __device__ __forceinline__ u32 v_empty(int stage) const {
-    return barrier(3 + 3 * kStages + stage);
+    return barrier(5 + 3 * kStages + stage);
   }
 };
 
-/// Stage and parity of the next tile in a ring of stages.
+/// Stage and parity of the next tile, or item, in a ring of stages.
+template <int kSize>
 struct Ring {
   int stage = 0;
   u32 parity = 0;
 
   __device__ __forceinline__ void advance() {
-    if (++stage == kStages) {
+    if (++stage == kSize) {
       stage = 0;
       parity ^= 1;
     }
@@ -152,8 +158,9 @@ struct Producer {
   const ForwardSm90Params& p;
   Smem smem;
   int lane;
-  Ring k_ring, v_ring;
-  u32 q_parity = 0, tail_parity = 0, slot = 0;
+  Ring<kQStages> q_ring;
+  Ring<kStages> k_ring, v_ring;
+  u32 tail_parity = 0, slot = 0;
   QueryTile tile;
   int kv_head = 0;
   int head_of_queue = 0, end_of_queue = 0;  ///< counts, not places
@@ -277,21 +284,22 @@ struct Producer {
 
   /// Hands the item to the consumers, with Q where they need it.
   __device__ __forceinline__ void publish(int head, WorkKind kind) {
-    mbarrier_wait(smem.q_empty(), q_parity ^ 1);
-    q_parity ^= 1;
+    mbarrier_wait(smem.q_empty(q_ring.stage), q_ring.parity ^ 1);
+    const u32 full = smem.q_full(q_ring.stage);
     if (lane == 0) {
-      st_shared_int4(smem.work(), Int4{tile.row0, tile.rows, head, kind});
+      st_shared_int4(smem.work(q_ring.stage), Int4{tile.row0, tile.rows, head, kind});
       if (kind == kAttend) {
-        mbarrier_arrive_expect_tx(smem.q_full(), kConfig.q_bytes());
+        mbarrier_arrive_expect_tx(full, kConfig.q_stage_bytes());
       } else {
-        mbarrier_arrive(smem.q_full());
+        mbarrier_arrive(full);
       }
     }
     __syncwarp();
     if (kind == kAttend && lane < kChunksQk) {
-      tensor_load(smem.q() + lane * kM * kRowBytes, p.q, smem.q_full(), lane * kChunkDims,
+      tensor_load(smem.q(q_ring.stage) + lane * kM * kRowBytes, p.q, full, lane * kChunkDims,
                   head * p.q_head_step, tile.row0);
     }
+    q_ring.advance();
   }
 
   __device__ __forceinline__ void run() {
@@ -347,8 +355,9 @@ struct Consumer {
   Smem smem;
   int warpgroup;
   int lane;
-  Ring k_ring, v_ring;
-  u32 q_parity = 0, slot = 0;
+  Ring<kQStages> q_ring;
+  Ring<kStages> k_ring, v_ring;
+  u32 slot = 0;
   int row;        ///< this thread's first packed row
   int rows_left;  ///< rows of the tile from that one on
   int head;
@@ -380,7 +389,7 @@ struct Consumer {
   __device__ __forceinline__ void issue_qk(float (&s)[kScores]) const {
     // Rows of 128 bytes, eight to a group; a step of 16 dims is 32 bytes further in the row.
     constexpr u64 kLayout = matrix_layout(16, 8 * kRowBytes);
-    const u64 q = matrix_descriptor(smem.q() + warpgroup * 64 * kRowBytes, kLayout);
+    const u64 q = matrix_descriptor(smem.q(q_ring.stage) + warpgroup * 64 * kRowBytes, kLayout);
     const u64 k = matrix_descriptor(smem.k(k_ring.stage), kLayout);
 #pragma unroll
     for (int step = 0; step < kStepsQk; ++step) {
@@ -538,7 +547,8 @@ struct Consumer {
         for (int i = 0; i < kOutputs; ++i) o[i] *= alpha[i / 2 % 2];
       }
     }
-    release(smem.q_empty());
+    release(smem.q_empty(q_ring.stage));
+    q_ring.advance();
     mbarrier_wait(smem.v_full(v_ring.stage), v_ring.parity);
     wgmma_fence();
     issue_pv(o, numerators);
@@ -622,16 +632,16 @@ struct Consumer {
   __device__ __forceinline__ void run() {
     if (warpgroup == kWarpgroups - 1) pass_turn();
     while (true) {
-      mbarrier_wait(smem.q_full(), q_parity);
-      q_parity ^= 1;
-      const Int4 work = ld_shared_int4(smem.work());
+      mbarrier_wait(smem.q_full(q_ring.stage), q_ring.parity);
+      const Int4 work = ld_shared_int4(smem.work(q_ring.stage));
       if (work.w == kExit) return;
       const int local = static_cast<int>(threadIdx.x / 32 - 4) * 16 + lane / 4;
       row = work.x + local;
       rows_left = work.y - local;
       head = work.z;
       if (work.w != kAttend) {
-        release(smem.q_empty());
+        release(smem.q_empty(q_ring.stage));
+        q_ring.advance();
         constexpr u32 kNanPair = kConfig.dtype == KernelDType::kF16 ? 0x7e007e00u : 0x7fc07fc0u;
         if (work.w == kInvalid) {
           fill(kNanPair, quiet_nan());
@@ -650,9 +660,11 @@ struct Consumer {
 };
 
 __device__ __forceinline__ void init_barriers(Smem smem) {
-  mbarrier_init(smem.q_full(), 1);
-  mbarrier_init(smem.q_empty(), kConsumerWarps);
   mbarrier_init(smem.tail(), 1);
+  for (int stage = 0; stage < kQStages; ++stage) {
+    mbarrier_init(smem.q_full(stage), 1);
+    mbarrier_init(smem.q_empty(stage), kConsumerWarps);
+  }
   for (int stage = 0; stage < kStages; ++stage) {
     mbarrier_init(smem.k_full(stage), 1 + 32);
     mbarrier_init(smem.k_empty(stage), kConsumerWarps);

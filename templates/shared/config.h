@@ -76,6 +76,8 @@ struct ForwardSm90Config {
 
   static constexpr int kChunkDims = 64;
   static constexpr int kRowBytes = 128;
+  /// What a block may have on compute capability 9.0.
+  static constexpr int kSmemLimit = 227 * 1024;
   /// Visible boxes that the producer keeps in mind.
   static constexpr int kQueueBoxes = 64;
 
@@ -87,14 +89,20 @@ struct ForwardSm90Config {
   TREEATTN_HOST_DEVICE constexpr int chunks_v() const { return (head_dim_v + 63) / 64; }
 
   // Shared memory, in bytes, in this order.
-  TREEATTN_HOST_DEVICE constexpr int q_bytes() const { return block_m * chunks() * kRowBytes; }
+  TREEATTN_HOST_DEVICE constexpr int q_stage_bytes() const {
+    return block_m * chunks() * kRowBytes;
+  }
   TREEATTN_HOST_DEVICE constexpr int k_stage_bytes() const {
     return block_n * chunks() * kRowBytes;
   }
   TREEATTN_HOST_DEVICE constexpr int v_stage_bytes() const {
     return block_n * chunks_v() * kRowBytes;
   }
-  TREEATTN_HOST_DEVICE constexpr int k_offset() const { return q_bytes(); }
+  /// Two where there is room: the next item's Q comes while this one is worked on.
+  TREEATTN_HOST_DEVICE constexpr int q_stages() const {
+    return 2 * q_stage_bytes() + bytes_beside_q() <= kSmemLimit ? 2 : 1;
+  }
+  TREEATTN_HOST_DEVICE constexpr int k_offset() const { return q_stages() * q_stage_bytes(); }
   TREEATTN_HOST_DEVICE constexpr int v_offset() const {
     return k_offset() + stages * k_stage_bytes();
   }
@@ -110,14 +118,20 @@ struct ForwardSm90Config {
   TREEATTN_HOST_DEVICE constexpr int queue_offset() const {
     return mask_offset() + mask_slots() * mask_slot_bytes();
   }
-  /// What the block works on: {row0, rows, head, kind}.
+  /// What the block works on, per Q stage: {row0, rows, head, kind}.
   TREEATTN_HOST_DEVICE constexpr int work_offset() const {
     return queue_offset() + kQueueBoxes * 8;
   }
-  /// mbarriers: Q full, Q empty, tail, then K full, K empty, V full and V empty per stage.
-  TREEATTN_HOST_DEVICE constexpr int barrier_offset() const { return work_offset() + 16; }
+  /// mbarriers, for two Q stages: tail, Q full, Q empty, then K full, K empty, V full and V empty
+  /// per stage.
+  TREEATTN_HOST_DEVICE constexpr int barrier_offset() const { return work_offset() + 2 * 16; }
+  TREEATTN_HOST_DEVICE constexpr int barriers() const { return 1 + 2 * 2 + 4 * stages; }
+  TREEATTN_HOST_DEVICE constexpr int bytes_beside_q() const {
+    return stages * (k_stage_bytes() + v_stage_bytes()) + mask_slots() * mask_slot_bytes() +
+           kQueueBoxes * 8 + 2 * 16 + barriers() * 8;
+  }
   TREEATTN_HOST_DEVICE constexpr int smem_bytes() const {
-    return barrier_offset() + (3 + 4 * stages) * 8;
+    return barrier_offset() + barriers() * 8;
   }
 
   // Registers of a thread after the warpgroups have traded: a multiprocessor's 65,536 stay enough.
