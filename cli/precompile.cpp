@@ -75,6 +75,7 @@ std::vector<Target> known_to_nvrtc() {
   std::vector<int> archs;
   if (const NvrtcTable* table = try_nvrtc()) archs = nvrtc_supported_archs(*table);
   std::vector<Target> targets;
+  targets.reserve(known_targets().size() + 1);
   for (const ArchLimits& known : known_targets()) {
     const bool compiles = archs.empty() || std::count(archs.begin(), archs.end(), known.target.cc);
     if (!compiles) continue;

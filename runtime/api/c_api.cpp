@@ -12,10 +12,15 @@
 #include <type_traits>
 #include <vector>
 
+#include "treeattn/tree.h"
 #include "treeattn/treeattn.h"
 
 struct treeattn_engine {
   treeattn::Engine engine;
+};
+
+struct treeattn_packed {
+  treeattn::PackedRows rows;
 };
 
 namespace {
@@ -297,6 +302,59 @@ treeattn_status treeattn_get_stats(const treeattn_engine* engine, treeattn_stats
     out.rejected = found.rejected;
     out.compile_ms = found.compile_ms;
     out.load_ms = found.load_ms;
+  });
+}
+
+treeattn_status treeattn_pack_rows(const int64_t* tokens, const int64_t* row_offsets,
+                                   size_t num_rows, treeattn_packed** packed) {
+  return guarded([&] {
+    treeattn_packed*& out = require(packed, "packed");
+    const int64_t* const at = &require(row_offsets, "row_offsets");
+    if (at[0] != 0) refuse(fmt::format("row_offsets[0] is {}, expected 0", at[0]));
+    std::vector<std::span<const int64_t>> rows;
+    rows.reserve(num_rows);
+    for (std::size_t r = 0; r < num_rows; ++r) {
+      if (at[r + 1] < at[r]) {
+        refuse(fmt::format("row_offsets[{}] is {}, expected at least row_offsets[{}] = {}", r + 1,
+                           at[r + 1], r, at[r]));
+      }
+      rows.emplace_back(tokens + at[r], static_cast<std::size_t>(at[r + 1] - at[r]));
+    }
+    if (at[num_rows] > 0) require(tokens, "tokens");
+    out = new treeattn_packed{treeattn::pack_rows(rows)};
+  });
+}
+
+void treeattn_packed_destroy(treeattn_packed* packed) {
+  delete packed;
+}
+
+treeattn_status treeattn_packed_size(const treeattn_packed* packed, int64_t* tokens,
+                                     int64_t* nodes) {
+  return guarded([&] {
+    const treeattn::PackedRows& rows = require(packed, "packed").rows;
+    require(tokens, "tokens") = rows.tree.tokens();
+    require(nodes, "nodes") = static_cast<int64_t>(rows.tree.nodes().size());
+  });
+}
+
+treeattn_status treeattn_packed_copy(const treeattn_packed* packed, int64_t* tokens,
+                                     int32_t* position_ids, int32_t* tree_dfs_order_start_q,
+                                     int32_t* tree_dfs_order_end_k, int64_t* row_positions) {
+  return guarded([&] {
+    const treeattn::PackedRows& rows = require(packed, "packed").rows;
+    const auto copy = [](const auto& from, auto* to) {
+      if (to != nullptr) std::copy(from.begin(), from.end(), to);
+    };
+    copy(rows.tokens, tokens);
+    copy(rows.position_ids, position_ids);
+    copy(rows.row_positions, row_positions);
+    if (tree_dfs_order_start_q == nullptr && tree_dfs_order_end_k == nullptr) return;
+    std::vector<int32_t> start;
+    std::vector<int32_t> end;
+    rows.tree.append_arrays(start, end);
+    copy(start, tree_dfs_order_start_q);
+    copy(end, tree_dfs_order_end_k);
   });
 }
 

@@ -377,6 +377,39 @@ TEST_F(CApi, ThePlansHeaderIsTheCppOne) {
   EXPECT_EQ(bytes, plan_bytes(plan));
 }
 
+TEST_F(CApi, RowsArePackedIntoAPrefixForest) {
+  const std::vector<std::int64_t> tokens{7, 8, 9, 7, 8, 5, 3};
+  const std::vector<std::int64_t> offsets{0, 3, 6, 6, 7};
+  treeattn_packed* packed = nullptr;
+  ASSERT_EQ(treeattn_pack_rows(tokens.data(), offsets.data(), 4, &packed), TREEATTN_OK);
+  std::int64_t count = 0;
+  std::int64_t nodes = 0;
+  ASSERT_EQ(treeattn_packed_size(packed, &count, &nodes), TREEATTN_OK);
+  EXPECT_EQ(count, 5);
+  EXPECT_EQ(nodes, 4);
+  std::vector<std::int64_t> ids(5);
+  std::vector<std::int64_t> positions(7);
+  std::vector<std::int32_t> depths(5);
+  std::vector<std::int32_t> start(5);
+  std::vector<std::int32_t> end(5);
+  ASSERT_EQ(treeattn_packed_copy(packed, ids.data(), depths.data(), start.data(), end.data(),
+                                 positions.data()),
+            TREEATTN_OK);
+  for (std::size_t t = 0; t < tokens.size(); ++t) EXPECT_EQ(ids[positions[t]], tokens[t]) << t;
+  EXPECT_EQ(depths, (std::vector<std::int32_t>{0, 1, 2, 2, 0}));
+  EXPECT_EQ(start, (std::vector<std::int32_t>{0, 0, 1, 2, 3}));
+  EXPECT_EQ(end, (std::vector<std::int32_t>{2, 2, 1, 2, 3}));
+  EXPECT_EQ(treeattn_packed_copy(packed, nullptr, nullptr, nullptr, nullptr, nullptr), TREEATTN_OK);
+  treeattn_packed_destroy(packed);
+  treeattn_packed_destroy(nullptr);
+
+  const std::vector<std::int64_t> bad{0, 3, 2};
+  EXPECT_EQ(treeattn_pack_rows(tokens.data(), bad.data(), 2, &packed), TREEATTN_INVALID_ARGUMENT);
+  EXPECT_THAT(treeattn_last_error(), HasSubstr("row_offsets[2] is 2, expected at least"));
+  EXPECT_EQ(treeattn_pack_rows(nullptr, offsets.data(), 4, &packed), TREEATTN_INVALID_ARGUMENT);
+  EXPECT_THAT(treeattn_last_error(), HasSubstr("tokens is null"));
+}
+
 TEST_F(CApi, StatsAreFilled) {
   treeattn_stats stats;
   std::memset(&stats, 0x5a, sizeof stats);

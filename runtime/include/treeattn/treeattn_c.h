@@ -190,6 +190,21 @@ treeattn_status treeattn_prepare(treeattn_engine* engine, const treeattn_shape* 
                                  size_t num_shapes);
 treeattn_status treeattn_get_stats(const treeattn_engine* engine, treeattn_stats* stats);
 
+/* Rows of tokens merged into a prefix forest; see treeattn/tree.h. */
+typedef struct treeattn_packed treeattn_packed;
+/* Row r is tokens[row_offsets[r]] .. tokens[row_offsets[r + 1] - 1]; row_offsets begins with 0.
+ * Empty and equal rows are legal. */
+treeattn_status treeattn_pack_rows(const int64_t* tokens, const int64_t* row_offsets,
+                                   size_t num_rows, treeattn_packed** packed);
+void treeattn_packed_destroy(treeattn_packed* packed); /* NULL is allowed */
+treeattn_status treeattn_packed_size(const treeattn_packed* packed, int64_t* tokens,
+                                     int64_t* nodes);
+/* Each array may be NULL; all but row_positions have the packed tokens' number of elements.
+ * row_positions holds the packed position of every token of every row, row by row. */
+treeattn_status treeattn_packed_copy(const treeattn_packed* packed, int64_t* tokens,
+                                     int32_t* position_ids, int32_t* tree_dfs_order_start_q,
+                                     int32_t* tree_dfs_order_end_k, int64_t* row_positions);
+
 #ifdef __cplusplus
 }
 #endif

@@ -1,0 +1,31 @@
+"""Exact tree attention: a shared prompt is computed once.
+
+torch and transformers are imported when something that needs them is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+from ._native import InvalidArgument, TreeAttnError, Unsupported
+
+__version__ = "0.1.0"
+
+_PLACES = {
+    "Plan": "attention",
+    "plan": "attention",
+    "tree_attention": "attention",
+}
+
+__all__ = ["InvalidArgument", "TreeAttnError", "Unsupported", *_PLACES]
+
+
+def __getattr__(name: str):
+    place = _PLACES.get(name)
+    if place is None:
+        raise AttributeError(f"module 'treeattn' has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{place}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PLACES])
