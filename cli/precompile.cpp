@@ -91,6 +91,7 @@ std::vector<Target> local_targets() {
   const DriverTable* table = try_driver(&why);
   int count = 0;
   if (table != nullptr) check(table->cuDeviceGetCount(&count), "counting GPUs");
+  targets.reserve(static_cast<std::size_t>(count));
   for (int ordinal = 0; ordinal < count; ++ordinal) {
     targets.push_back(kernel_target(device_info(ordinal)));
   }
