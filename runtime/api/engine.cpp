@@ -159,11 +159,24 @@ struct Engine::Impl {
     check_tensor_map("k", maps.k);
     check_tensor_map("v", maps.v);
     const ContextScope scope(context);
-    const ForwardSm90Params params{encode_tensor_map(maps.q), encode_tensor_map(maps.k),
-                                   encode_tensor_map(maps.v), work.params,
-                                   maps.q.head_step(),        maps.k.head_step(),
+    const ForwardSm90Params params{encode_tensor_map(maps.q),
+                                   encode_tensor_map(maps.k),
+                                   encode_tensor_map(maps.v),
+                                   work.params,
+                                   static_cast<unsigned long long*>(args.workspace),
+                                   next_launch_number(),
+                                   maps.q.head_step(),
+                                   maps.k.head_step(),
                                    maps.v.head_step()};
     launch(kernels->get(spec, to_stream(stream)), 0, work.grid, &params, sizeof(params), stream);
+  }
+
+  /// Of this process; never 0, which finished launches leave in their workspace.
+  static unsigned next_launch_number() {
+    static std::atomic<unsigned> launches_so_far{0};
+    unsigned number = 0;
+    while (number == 0) number = launches_so_far.fetch_add(1, std::memory_order_relaxed) + 1;
+    return number;
   }
 
   static void check_tensor_map(std::string_view name, const TensorMapRequest& request) {
@@ -320,7 +333,8 @@ PlanReport Engine::validate(const Plan& plan, const std::int32_t* buffer, Stream
 std::size_t Engine::forward_workspace_bytes(const Plan& plan, const Shape& shape) const {
   to_plan_shape(plan);
   check_shape(shape, impl_->cuda());
-  return 0;  // neither the sm80 family nor the CPU executor keeps anything between blocks
+  // A spec may ask for the sm90 family; neither the sm80 family nor the CPU executor needs any.
+  return impl_->cuda() && impl_->target.cc == kSm90Target.cc ? kForwardWorkspaceBytes : 0;
 }
 
 void Engine::forward(const ForwardArgs& args, Stream stream) {

@@ -184,6 +184,21 @@ int require_view(const PlanShape& plan, const KernelSpec& spec) {
               "make the plan with plan_for() and pass it this shape");
 }
 
+void check_workspace(const void* workspace, std::size_t bytes, std::size_t needed,
+                     std::string_view function) {
+  if (needed == 0) return;
+  if (workspace == nullptr) {
+    refuse("workspace", "null", fmt::format("{}() = {} bytes", function, needed));
+  }
+  if (reinterpret_cast<std::uintptr_t>(workspace) % 16 != 0) {
+    refuse("workspace", fmt::format("{}", workspace), "a pointer aligned to 16 bytes");
+  }
+  if (bytes < needed) {
+    refuse("workspace_bytes", fmt::format("{}", bytes),
+           fmt::format("at least {}() = {}", function, needed));
+  }
+}
+
 unsigned check_blocks(std::int64_t blocks, const KernelSpec& spec) {
   if (blocks <= INT_MAX) return static_cast<unsigned>(blocks);
   throw Error(ErrorCode::kUnsupported,

@@ -46,6 +46,9 @@ struct Grid {
   unsigned x = 0, y = 1, z = 1;
 };
 
+/// `function` says how many bytes are needed.
+void check_workspace(const void* workspace, std::size_t bytes, std::size_t needed,
+                     std::string_view function);
 /// Throws if the plan holds no tile lists for the spec's tile.
 int require_view(const PlanShape& plan, const KernelSpec& spec);
 /// Throws kUnsupported if a grid of this many blocks cannot be launched.

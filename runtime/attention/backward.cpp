@@ -74,20 +74,6 @@ int ceil_pow2(int n) {
   return p;
 }
 
-void check_workspace(const BackwardArgs& args, std::size_t needed) {
-  if (needed == 0) return;
-  if (args.workspace == nullptr) {
-    refuse("workspace", "null", fmt::format("backward_workspace_bytes() = {} bytes", needed));
-  }
-  if (reinterpret_cast<std::uintptr_t>(args.workspace) % 16 != 0) {
-    refuse("workspace", fmt::format("{}", args.workspace), "a pointer aligned to 16 bytes");
-  }
-  if (args.workspace_bytes < needed) {
-    refuse("workspace_bytes", fmt::format("{}", args.workspace_bytes),
-           fmt::format("at least backward_workspace_bytes() = {}", needed));
-  }
-}
-
 }  // namespace
 
 Shape shape_of(const BackwardArgs& args) {
@@ -152,7 +138,8 @@ BackwardLaunch make_backward_launch(const BackwardArgs& args, const PlanShape& p
   p.max_units = sizes.max_units;
   p.max_split = sizes.max_split;
   const WorkspaceOffsets work = workspace_offsets(plan, shape, spec, sizes, args.deterministic);
-  check_workspace(args, static_cast<std::size_t>(work.total) * sizeof(float));
+  check_workspace(args.workspace, args.workspace_bytes,
+                  static_cast<std::size_t>(work.total) * sizeof(float), "backward_workspace_bytes");
   auto* workspace = static_cast<float*>(args.workspace);
   p.q = args.q.data;
   p.k = args.k.data;

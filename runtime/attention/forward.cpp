@@ -60,24 +60,29 @@ ForwardLaunch make_forward_launch(const ForwardArgs& args, const PlanShape& plan
   p.heads = args.heads;
   p.heads_per_kv = args.heads / args.heads_kv;
   const int dims = args.head_dim + value_head_dim(args.head_dim, args.head_dim_v);
-  // Whether or not they fit the L2, heads that are walked together fill the chip twice: their heavy
-  // tiles come first, and those of the last group are waited for.
-  const std::int64_t kv_head_blocks =
-      std::max<std::int64_t>(1, plan.total_q / spec.tile.block_m) * p.heads_per_kv;
-  const auto filling = static_cast<int>(std::min<std::int64_t>(
-      args.heads_kv,
-      (std::int64_t{2} * sm_count * blocks_per_sm(spec) + kv_head_blocks - 1) / kv_head_blocks));
-  const int fitting =
-      kv_heads_in_group(args.heads_kv, std::int64_t{2} * plan.total_k * dims, l2_bytes);
-  const int groups = std::max(1, args.heads_kv / std::max(fitting, filling));
-  p.heads_in_group = p.heads_per_kv * ((args.heads_kv + groups - 1) / groups);
+  const bool draws = spec.problem.family == Family::kSm90;
+  int together = kv_heads_in_group(args.heads_kv, std::int64_t{2} * plan.total_k * dims, l2_bytes);
+  if (!draws) {
+    // Blocks start in order. Whether or not they fit the L2, heads that are walked together fill
+    // the chip twice: their heavy tiles come first, and those of the last group are waited for.
+    const std::int64_t kv_head_blocks =
+        std::max<std::int64_t>(1, plan.total_q / spec.tile.block_m) * p.heads_per_kv;
+    const auto filling = static_cast<int>(std::min<std::int64_t>(
+        args.heads_kv,
+        (std::int64_t{2} * sm_count * blocks_per_sm(spec) + kv_head_blocks - 1) / kv_head_blocks));
+    const int groups = std::max(1, args.heads_kv / std::max(together, filling));
+    together = (args.heads_kv + groups - 1) / groups;
+  }
+  p.heads_in_group = p.heads_per_kv * together;
   const bool capped = args.softcap > 0;
   p.scale_log2 = static_cast<float>((capped ? args.softcap : args.softmax_scale) * kLog2E);
   p.softcap_in = capped ? static_cast<float>(args.softmax_scale / args.softcap) : 0.0F;
-  const std::int64_t items = static_cast<std::int64_t>(p.max_query_tiles) * args.heads;
-  launch.grid.x = spec.problem.family == Family::kSm90
-                      ? static_cast<unsigned>(std::min<std::int64_t>(items, sm_count))
-                      : check_blocks(items, spec);
+  launch.grid.x = check_blocks(static_cast<std::int64_t>(p.max_query_tiles) * args.heads, spec);
+  if (draws) {
+    check_workspace(args.workspace, args.workspace_bytes, kForwardWorkspaceBytes,
+                    "forward_workspace_bytes");
+    launch.grid.x = std::min(launch.grid.x, static_cast<unsigned>(sm_count));
+  }
   return launch;
 }
 

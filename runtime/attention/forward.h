@@ -3,6 +3,8 @@
 // expected; nothing here allocates unless it throws.
 #pragma once
 
+#include <cstddef>
+
 #include "generator/kernel_spec.h"
 #include "runtime/attention/arguments.h"
 #include "runtime/attention/plan.h"
@@ -16,6 +18,9 @@ Shape shape_of(const ForwardArgs& args);
 /// Checks everything that needs no device: sizes, ratios, scale, pointers, strides, the plan
 /// header; with `cuda`, what the kernels ask for too.
 PlanShape check_forward(const ForwardArgs& args, bool cuda);
+
+/// What kernels of the sm90 family need: the counter of items. Contents do not matter.
+inline constexpr std::size_t kForwardWorkspaceBytes = 16;
 
 /// A forward launch as plain data.
 struct ForwardLaunch {

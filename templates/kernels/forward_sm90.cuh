@@ -1,8 +1,8 @@
 // Forward, sm90 family: wgmma, TMA, mbarriers, warp specialisation.
 //
 // Work      a persistent grid, one block a multiprocessor. An item is a query tile of the plan and
-//           a query head; the list is heavy first, and blocks take it back and forth: round r from
-//           the left if r is even, from the right if odd.
+//           a query head; the list is heavy first inside groups of heads whose K and V share the
+//           L2, and blocks draw from it (Schedule).
 // Roles     warp 0 loads; 2 or 3 consumer warpgroups own 64 query rows each.
 // Boxes     what a plan's view calls a key tile is here a box of box_n keys. The producer tests the
 //           bounds of 32 boxes at a time and strings the visible ones together: block_n / box_n
@@ -69,29 +69,69 @@ struct Item {
   int head;
 };
 
-/// The items of this block, one a round.
+/// The items of a block: the one of its own number, then what it draws from the counter that all
+/// blocks share. For warp 0.
+///
+/// The counter needs no zeroing. Its upper half says which launch it belongs to; whoever finds
+/// another's there starts it anew, and who draws the last ticket leaves zeros, which are no
+/// launch's: a replayed graph launches under the same name again.
 struct Schedule {
-  const ForwardParams& p;
+  const ForwardSm90Params& p;
   int tiles;  ///< query tiles that there are
-  int round = 0;
+  int items;
+  int at;
+  bool open = false;
+  u64 drawn = 0;  ///< of lane 0
 
-  __device__ __forceinline__ explicit Schedule(const ForwardParams& params)
-      : p(params), tiles(params.plan[params.query_tile_count]) {}
+  __device__ __forceinline__ explicit Schedule(const ForwardSm90Params& params)
+      : p(params),
+        tiles(params.f.plan[params.f.query_tile_count]),
+        items(tiles * params.f.heads),
+        at(static_cast<int>(blockIdx.x)) {}
 
-  /// False when there is none left.
-  __device__ __forceinline__ bool next(Item& item) {
-    const int blocks = static_cast<int>(gridDim.x);
-    const int block = static_cast<int>(blockIdx.x);
-    const i64 at = static_cast<i64>(round) * blocks + (round % 2 == 0 ? block : blocks - 1 - block);
-    ++round;
-    const i64 per_group = static_cast<i64>(tiles) * p.heads_in_group;
-    if (at >= static_cast<i64>(tiles) * p.heads) return false;
-    const int group = static_cast<int>(at / per_group);
-    const int rest = static_cast<int>(at - group * per_group);
-    const int heads = min(p.heads_in_group, p.heads - group * p.heads_in_group);
+  /// The present item; false when there is none left.
+  __device__ __forceinline__ bool item(Item& item) const {
+    if (at >= items) return false;
+    // A group that is smaller comes first: what is left at the end is dealt out evenly.
+    const int smaller = p.f.heads % p.f.heads_in_group;
+    const int before = tiles * smaller;
+    int heads = p.f.heads_in_group;
+    int first_head = 0;
+    int rest = at;
+    if (at < before) {
+      heads = smaller;
+    } else {
+      const int per_group = tiles * heads;
+      const int group = (at - before) / per_group;
+      rest = at - before - group * per_group;
+      first_head = smaller + group * heads;
+    }
     item.index = rest / heads;
-    item.head = group * p.heads_in_group + rest - item.index * heads;
+    item.head = first_head + rest - item.index * heads;
     return true;
+  }
+
+  /// Draws the next item; the number is first needed by advance().
+  __device__ __forceinline__ void draw() {
+    if (threadIdx.x != 0) return;
+    if (!open) {
+      const u64 name = static_cast<u64>(p.launch) << 32;
+      u64 seen = atomicAdd(p.counter, 0ull);
+      while (seen >> 32 != p.launch) {
+        const u64 found = atomicCAS(p.counter, seen, name);
+        if (found == seen) break;
+        seen = found;
+      }
+      open = true;
+    }
+    drawn = atomicAdd(p.counter, 1ull);
+  }
+
+  __device__ __forceinline__ void advance() {
+    // Every block that had an item draws until there is none: as many tickets as items.
+    const int ticket = __shfl_sync(kFullWarp, static_cast<int>(drawn), 0);
+    if (threadIdx.x == 0 && ticket == items - 1) *p.counter = 0;
+    at = static_cast<int>(gridDim.x) + ticket;
   }
 };
 
@@ -308,19 +348,20 @@ struct Producer {
       prefetch_tensormap(p.k);
       prefetch_tensormap(p.v);
     }
-    Schedule schedule(p.f);
-    Item item;
-    while (schedule.next(item)) {
+    Schedule schedule(p);
+    for (Item item; schedule.item(item); schedule.advance()) {
       read_tile(item.index);
       kv_head = item.head / p.f.heads_per_kv;
       head_of_queue = end_of_queue = 0;
       if (tile.work < 0) {
         publish(item.head, kInvalid);
+        schedule.draw();
         continue;
       }
       look_ahead();
       if (end_of_queue == 0) {
         publish(item.head, kSeesNothing);
+        schedule.draw();
         continue;
       }
       int before = -1;
@@ -339,6 +380,9 @@ struct Producer {
         head_of_queue += boxes;
         look_ahead();
       }
+      // As late as its latency can still be hidden: the fewer items are spoken for, the more evenly
+      // they are dealt out.
+      schedule.draw();
       load_v(before, boxes_before);
     }
     publish(0, kExit);
@@ -492,6 +536,14 @@ struct Consumer {
     }
   }
 
+  /// Has these computed here: compilers sink them below a wait, where they no longer run beside the
+  /// MMAs that are waited for.
+  template <int kSize>
+  static __device__ __forceinline__ void pin(float (&values)[kSize]) {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) asm volatile("" : "+f"(values[i])::"memory");
+  }
+
   /// Waits for all MMAs; their A operands are in use until then.
   __device__ __forceinline__ void wait_pv(float (&o)[kOutputs],
                                           u32 (&numerators)[kStepsPv][4]) const {
@@ -522,29 +574,28 @@ struct Consumer {
     softmax(s, state, alpha, flags);
     pack(s, numerators);
     slot = (slot + 1) % kMaskSlots;
+    if ((flags & kLastTile) == 0) {
 #pragma unroll 1
-    while ((flags & kLastTile) == 0) {
-      mbarrier_wait(smem.k_full(k_ring.stage), k_ring.parity);
-      wait_turn();
-      wgmma_fence();
-      issue_qk(s);
-      mbarrier_wait(smem.v_full(v_ring.stage), v_ring.parity);
-      wgmma_fence();
-      issue_pv(o, numerators);
-      pass_turn();
-      flags = ld_shared_u32(smem.flags(slot));
-      wgmma_wait_group<1>(s);
-      release(smem.k_empty(k_ring.stage));
-      k_ring.advance();
-      const bool moved = softmax(s, state, alpha, flags);
-      wait_pv(o, numerators);
-      release(smem.v_empty(v_ring.stage));
-      v_ring.advance();
-      slot = (slot + 1) % kMaskSlots;
-      pack(s, numerators);
-      if (moved) {
-#pragma unroll
-        for (int i = 0; i < kOutputs; ++i) o[i] *= alpha[i / 2 % 2];
+      while (true) {
+        mbarrier_wait(smem.k_full(k_ring.stage), k_ring.parity);
+        wait_turn();
+        wgmma_fence();
+        issue_qk(s);
+        mbarrier_wait(smem.v_full(v_ring.stage), v_ring.parity);
+        wgmma_fence();
+        issue_pv(o, numerators);
+        pass_turn();
+        flags = ld_shared_u32(smem.flags(slot));
+        wgmma_wait_group<1>(s);
+        release(smem.k_empty(k_ring.stage));
+        k_ring.advance();
+        const bool moved = softmax(s, state, alpha, flags);
+        pin(s);
+        if ((flags & kLastTile) != 0) {
+          finish_pv(o, numerators, s, moved, alpha);
+          break;
+        }
+        finish_pv(o, numerators, s, moved, alpha);
       }
     }
     release(smem.q_empty(q_ring.stage));
@@ -555,6 +606,21 @@ struct Consumer {
     wait_pv(o, numerators);
     release(smem.v_empty(v_ring.stage));
     v_ring.advance();
+  }
+
+  /// Waits for PV, makes the next A operands of s, and scales o where a reference moved.
+  __device__ __forceinline__ void finish_pv(float (&o)[kOutputs], u32 (&numerators)[kStepsPv][4],
+                                            const float (&s)[kScores], bool moved,
+                                            const float (&alpha)[2]) {
+    wait_pv(o, numerators);
+    release(smem.v_empty(v_ring.stage));
+    v_ring.advance();
+    slot = (slot + 1) % kMaskSlots;
+    pack(s, numerators);
+    if (moved) {
+#pragma unroll
+      for (int i = 0; i < kOutputs; ++i) o[i] *= alpha[i / 2 % 2];
+    }
   }
 
   /// Normalises and stores. Four lanes hold the four pairs of a chunk of eight dims; four chunks

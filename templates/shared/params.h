@@ -65,6 +65,8 @@ struct ForwardSm90Params {
   TensorMap k;
   TensorMap v;
   ForwardParams f;
+  unsigned long long* counter;  ///< the launch (upper half) and how many items it has drawn
+  unsigned launch;              ///< this one: another number than that of any launch before, not 0
   int q_head_step, k_head_step, v_head_step;  ///< 0: all heads are the map's one
 };
 

@@ -55,10 +55,13 @@ TEST_F(EngineOnGpu, TwoStreamsShareAPlan) {
   const GuardedBuffer out_b(c.out);
   ForwardArgs args = on.forward_args(c);
   args.lse = nullptr;
+  const GuardedBuffer workspace_b = forward_workspace();
   for (int n = 0; n < 200; ++n) {
     args.out.data = out_a.as();
+    args.workspace = on.workspace.as();
     gpu_engine().forward(args, a.get());
     args.out.data = out_b.as();
+    args.workspace = workspace_b.as();
     gpu_engine().forward(args, b.get());
   }
   a.synchronize();
@@ -171,6 +174,9 @@ TEST_F(EngineOnGpu, NothingToDoIsFine) {
     args.softmax_scale = 1;
     args.plan = &plan;
     args.plan_buffer = buffer.as<int>();
+    const GuardedBuffer counter = forward_workspace();
+    args.workspace = counter.as();
+    args.workspace_bytes = kForwardWorkspaceBytes;
     gpu_engine().forward(args);
     for (const bool deterministic : {false, true}) {
       const GuardedBuffer workspace(

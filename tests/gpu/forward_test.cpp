@@ -217,6 +217,9 @@ TEST_F(Forward, OffsetsBeyond32BitsAreRight) {
   args.softmax_scale = 0.1;
   args.plan = &plan;
   args.plan_buffer = buffer.as<int>();
+  const GuardedBuffer workspace = forward_workspace();
+  args.workspace = workspace.as();
+  args.workspace_bytes = kForwardWorkspaceBytes;
   gpu_engine().forward(args);
   // Every sequence is the same: the last, beyond 2^31 elements, must repeat the first bit by bit.
   const std::size_t chunk = static_cast<std::size_t>(kPeriod) * kStride;

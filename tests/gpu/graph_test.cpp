@@ -113,6 +113,9 @@ void capture_and_replay(const std::string& spec) {
   args.plan = &plan;
   args.plan_buffer = buffer.as<int>();
   args.spec = spec;
+  const GuardedBuffer workspace = forward_workspace();
+  args.workspace = workspace.as();
+  args.workspace_bytes = kForwardWorkspaceBytes;
   const StreamOwner stream;
   Graph graph(stream.get(), [&] {
     gpu_engine().build_plan(plan, inputs, buffer.as<int>(), stream.get());
@@ -136,7 +139,7 @@ void capture_and_replay(const std::string& spec) {
     const OracleResult expected = oracle_forward(c.oracle(), Emulate::kBF16);
     EXPECT_EQ(judge_forward(c, expected, c.out.to_doubles(), got_lse), "");
   }
-  EXPECT_TRUE(buffer.intact() && out.intact() && lse.intact());
+  EXPECT_TRUE(buffer.intact() && out.intact() && lse.intact() && workspace.intact());
 }
 
 TEST_F(GraphOnGpu, ACapturedGraphReplaysWithOtherTrees) {

@@ -168,6 +168,8 @@ TEST_F(HostCost, ThreadsPlanAndRunAtOnce) {
       const GuardedBuffer out(poison);
       ForwardArgs args = r.args;
       args.plan_buffer = plan_buffer.as<int>();
+      const GuardedBuffer workspace = forward_workspace();
+      args.workspace = workspace.as();
       args.out.data = out.as();
       args.lse = nullptr;
       for (int n = 0; n < 20; ++n) {

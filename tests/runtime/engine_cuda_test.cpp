@@ -112,6 +112,8 @@ class CudaEngine : public ::testing::Test {
     a.softmax_scale = 1;
     a.plan = &plan;
     a.plan_buffer = reinterpret_cast<const std::int32_t*>(memory_);
+    a.workspace = memory_;
+    a.workspace_bytes = kForwardWorkspaceBytes;
     return a;
   }
   CUstream stream() { return reinterpret_cast<CUstream>(memory_ + 1); }
@@ -286,6 +288,10 @@ TEST_F(CudaEngine, Sm90KernelsGetTensorMapsAndAPersistentGrid) {
   EXPECT_EQ(params.f.heads_per_kv, 2);
 
   EXPECT_EQ(params.k_head_step, 1);
+  // Items are drawn from a counter that belongs to one launch at a time.
+  EXPECT_EQ(static_cast<void*>(params.counter), a.workspace);
+  const unsigned first_launch = params.launch;
+  EXPECT_NE(first_launch, 0U);
 
   a.k.head_stride = 0;  // the same keys for every head
   engine.forward(a);
@@ -293,6 +299,16 @@ TEST_F(CudaEngine, Sm90KernelsGetTensorMapsAndAPersistentGrid) {
   std::memcpy(&params, shared.params.data(), sizeof params);
   EXPECT_EQ(params.k_head_step, 0);
   EXPECT_EQ(params.v_head_step, 1);
+  EXPECT_NE(params.launch, first_launch);
+  EXPECT_NE(params.launch, 0U);
+
+  ForwardArgs bare = a;
+  bare.workspace = nullptr;
+  EXPECT_THAT(refusal([&] { engine.forward(bare); }),
+              HasSubstr("workspace is null, expected forward_workspace_bytes() = 16 bytes"));
+  bare = a;
+  bare.workspace_bytes = 8;
+  EXPECT_THAT(refusal([&] { engine.forward(bare); }), HasSubstr("workspace_bytes is 8"));
 
   a.k.token_stride = 0;
   EXPECT_THAT(refusal([&] { engine.forward(a); }), HasSubstr("k has token stride 0 and head"));

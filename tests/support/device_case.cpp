@@ -69,11 +69,16 @@ Shape shape_of_case(const RandomCase& p, bool backward) {
   return {p.dtype, p.heads, p.heads_kv, p.head_dim, p.head_dim_v, p.softcap > 0, backward};
 }
 
+GuardedBuffer forward_workspace() {
+  return GuardedBuffer(std::vector<std::uint8_t>(kForwardWorkspaceBytes, kNanByte));
+}
+
 DeviceCase::DeviceCase(const RandomCase& p, bool backward, Stream stream)
     : q(p.q), k(p.k), v(p.v), out(p.out), lse(static_cast<std::size_t>(p.heads) * p.total_q * 4) {
   const Shape shape = shape_of_case(p, backward);
   plan_ = gpu_engine().plan_for(p.total_q, p.total_k, p.batch(), {&shape, 1});
   plan_buffer_ = GuardedBuffer(plan_bytes(plan_));
+  workspace = forward_workspace();
   build_plan(p, stream);
 }
 
@@ -111,6 +116,8 @@ ForwardArgs DeviceCase::forward_args(const RandomCase& p) const {
   args.softcap = p.softcap;
   args.plan = &plan_;
   args.plan_buffer = plan_buffer();
+  args.workspace = workspace.as();
+  args.workspace_bytes = kForwardWorkspaceBytes;
   return args;
 }
 

@@ -15,6 +15,7 @@
 #include <thread>
 #include <vector>
 
+#include "runtime/attention/forward.h"
 #include "runtime/cuda/device.h"
 #include "runtime/cuda/device_memory.h"
 #include "tests/support/oracle_backward.h"
@@ -65,6 +66,9 @@ class GuardedBuffer {
   std::size_t bytes_ = 0;
 };
 
+/// Enough for any forward call, with contents that mean nothing.
+GuardedBuffer forward_workspace();
+
 /// A forward problem on the device, its plan built by the engine.
 class DeviceCase {
  public:
@@ -82,7 +86,7 @@ class DeviceCase {
   std::vector<int> download_plan() const;
   bool intact() const;
 
-  GuardedBuffer q, k, v, out, lse;
+  GuardedBuffer q, k, v, out, lse, workspace;
 
  private:
   GuardedBuffer cu_q_, cu_k_, start_, end_, first_, len_, plan_buffer_;

@@ -79,8 +79,8 @@ struct ForwardArgs {
   double softcap = 0;          ///< > 0: scores become softcap * tanh(score / softcap)
   const Plan* plan = nullptr;  ///< header of the plan
   const std::int32_t* plan_buffer = nullptr;  ///< built by build_plan
-  void* workspace = nullptr;                  ///< forward_workspace_bytes() bytes
-  std::size_t workspace_bytes = 0;
+  void* workspace = nullptr;        ///< 16-byte aligned; not shared by calls that may overlap
+  std::size_t workspace_bytes = 0;  ///< at least forward_workspace_bytes()
   /// Kernel to use in place of the default, as canonical text; empty: the default.
   std::string_view spec = {};
 };
@@ -167,6 +167,7 @@ class Engine {
   /// Synchronises the stream and says whether the inputs were a valid tree.
   PlanReport validate(const Plan& plan, const std::int32_t* buffer, Stream stream = nullptr) const;
 
+  /// At most 16, on compute capability 9.0. Contents do not matter.
   std::size_t forward_workspace_bytes(const Plan& plan, const Shape& shape) const;
   void forward(const ForwardArgs& args, Stream stream = nullptr);
 
