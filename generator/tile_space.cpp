@@ -22,7 +22,7 @@ constexpr std::array<std::uint16_t, 4> kBlockM{32, 64, 128, 256};
 constexpr std::array<std::uint16_t, 4> kBlockN{16, 32, 64, 128};
 constexpr std::array<std::uint16_t, 2> kSm90BlockM{128, 192};
 constexpr std::array<std::uint16_t, 6> kSm90BlockN{64, 80, 96, 112, 128, 176};
-constexpr std::array<std::uint16_t, 4> kSm90BoxN{16, 32, 64, 128};
+constexpr std::array<std::uint16_t, 2> kSm90BoxN{32, 64};
 constexpr std::array<std::uint8_t, 2> kStages{1, 2};
 constexpr std::array<std::uint8_t, 3> kWarps{2, 4, 8};
 
@@ -74,22 +74,23 @@ constexpr int sm90_other_registers(bool softcap) {
 
 std::optional<std::string> refuse_forward_sm90(const Problem& problem, const TileConfig& tile) {
   if (auto reason = refuse_value("block_m", tile.block_m, kSm90BlockM)) return reason;
-  if (tile.block_n < 16 || tile.block_n > 256 || tile.block_n % 16 != 0) {
-    return fmt::format("block_n is {}, expected a multiple of 16 from 16 to 256", tile.block_n);
+  // A tile's granules have a flag each for every warpgroup.
+  const int most = sm90_flag_bits(tile.block_m / 64) * ForwardSm90Config::kGranule;
+  if (tile.block_n < 16 || tile.block_n > most || tile.block_n % 16 != 0) {
+    return fmt::format("block_n is {}, expected a multiple of 16 from 16 to {}", tile.block_n,
+                       most);
   }
   if (auto reason = refuse_value("box_n", tile.box_n, kSm90BoxN)) return reason;
-  if (tile.block_n % tile.box_n != 0) {
-    return fmt::format("block_n is {}, expected a multiple of box_n, {}", tile.block_n, tile.box_n);
-  }
-  if (tile.block_n / tile.box_n > 8) {
-    return fmt::format("a tile has {} boxes, expected at most 8", tile.block_n / tile.box_n);
-  }
   if (tile.stages != 2) return fmt::format("stages is {}, expected 2", tile.stages);
   if (tile.warps != tile.block_m / 16) {
     return fmt::format("warps is {}, expected {} for {} rows", tile.warps, tile.block_m / 16,
                        tile.block_m);
   }
   const ForwardSm90Config config = forward_sm90_config({problem, tile});
+  if (const int loads = config.granules() * std::max(config.chunks(), config.chunks_v());
+      loads > 32) {
+    return fmt::format("a tile has {} pieces of 16 keys and 64 dims, expected at most 32", loads);
+  }
   const int registers = accumulator_registers(config) + sm90_other_registers(problem.softcap);
   if (registers > config.consumer_registers()) {
     return fmt::format("a thread needs {} registers, {} warpgroups leave it {}", registers,
@@ -160,10 +161,11 @@ std::span<const TileConfig> forward_preferences(const Problem& problem) {
 }
 
 std::span<const TileConfig> forward_sm90_preferences(const Problem& problem) {
-  static constexpr std::array kTo64{TileConfig{192, 128, 2, 12, 64},
-                                    TileConfig{192, 96, 2, 12, 32}};
-  static constexpr std::array kTo256{TileConfig{128, 128, 2, 8, 64}, TileConfig{128, 96, 2, 8, 32},
-                                     TileConfig{128, 80, 2, 8, 16}, TileConfig{128, 64, 2, 8, 64}};
+  static constexpr std::array kTo64{TileConfig{192, 112, 2, 12, 64},
+                                    TileConfig{192, 96, 2, 12, 64}};
+  static constexpr std::array kTo256{TileConfig{128, 128, 2, 8, 64}, TileConfig{128, 112, 2, 8, 64},
+                                     TileConfig{128, 96, 2, 8, 64}, TileConfig{128, 80, 2, 8, 64},
+                                     TileConfig{128, 64, 2, 8, 64}};
   if (std::max(problem.head_dim, problem.head_dim_v) <= 64) return kTo64;
   return kTo256;
 }

@@ -161,8 +161,11 @@ struct Engine::Impl {
     const ContextScope scope(context);
     const ForwardSm90Params params{encode_tensor_map(maps.q),
                                    encode_tensor_map(maps.k),
+                                   encode_tensor_map(maps.k_granule),
                                    encode_tensor_map(maps.v),
+                                   encode_tensor_map(maps.v_granule),
                                    work.params,
+                                   plan_offsets(plan).granules,
                                    static_cast<unsigned long long*>(args.workspace),
                                    next_launch_number(),
                                    maps.q.head_step(),

@@ -93,11 +93,14 @@ ForwardTensorMaps forward_tensor_maps(const ForwardArgs& args, const PlanShape& 
     return TensorMapRequest{tensor.data,         spec.problem.dtype, dims, heads, tokens,
                             tensor.token_stride, tensor.head_stride, rows};
   };
+  const auto keys = [&](const ConstTensor& tensor, int dims, int rows) {
+    return request(tensor, dims, args.heads_kv, plan.total_k, rows);
+  };
   const TileConfig& tile = spec.tile;
+  const int dim_v = value_head_dim(args.head_dim, args.head_dim_v);
   return {request(args.q, args.head_dim, args.heads, plan.total_q, tile.block_m),
-          request(args.k, args.head_dim, args.heads_kv, plan.total_k, tile.box_n),
-          request(args.v, value_head_dim(args.head_dim, args.head_dim_v), args.heads_kv,
-                  plan.total_k, tile.box_n)};
+          keys(args.k, args.head_dim, tile.box_n), keys(args.k, args.head_dim, kGranuleKeys),
+          keys(args.v, dim_v, tile.box_n), keys(args.v, dim_v, kGranuleKeys)};
 }
 
 PlanLaunch make_plan_launch(const PlanShape& shape, const PlanInputs& inputs, std::int32_t* buffer,

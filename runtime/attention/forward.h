@@ -29,7 +29,7 @@ struct ForwardLaunch {
 };
 /// q, k and v as the sm90 family reads them.
 struct ForwardTensorMaps {
-  TensorMapRequest q, k, v;
+  TensorMapRequest q, k, k_granule, v, v_granule;
 };
 ForwardTensorMaps forward_tensor_maps(const ForwardArgs& args, const PlanShape& plan,
                                       const KernelSpec& spec);

@@ -60,6 +60,11 @@ struct ForwardConfig {
   TREEATTN_HOST_DEVICE constexpr int smem_bytes() const { return work_offset() + 64; }
 };
 
+/// Bits that each consumer warpgroup has in the 31 that say which granules of a tile are full.
+TREEATTN_HOST_DEVICE constexpr int sm90_flag_bits(int warpgroups) {
+  return 30 / warpgroups;
+}
+
 /// Everything a forward kernel of the sm90 family is specialised on. Tiles lie in shared memory as
 /// the copy engine writes them with a 128-byte swizzle: chunks of 64 dims, each with rows of 128
 /// bytes; dims past the head are zeros.
@@ -68,8 +73,8 @@ struct ForwardSm90Config {
   int head_dim;
   int head_dim_v;
   int block_m;  ///< query rows per thread block; a consumer warpgroup owns 64
-  int block_n;  ///< keys per MMA tile
-  int box_n;    ///< keys per load: what is skipped; block_n / box_n visible boxes make a tile
+  int block_n;  ///< keys per MMA tile: 16-key granules, wherever the visible ones lie
+  int box_n;    ///< keys whose bounds are tested together, and that one load brings if all are seen
   int stages;   ///< K and V tiles in shared memory
   int warps;    ///< of the consumer warpgroups
   bool softcap;
@@ -78,13 +83,18 @@ struct ForwardSm90Config {
   static constexpr int kRowBytes = 128;
   /// What a block may have on compute capability 9.0.
   static constexpr int kSmemLimit = 227 * 1024;
-  /// Visible boxes that the producer keeps in mind.
-  static constexpr int kQueueBoxes = 64;
+  static constexpr int kGranule = 16;
+  /// Visible granules that the scanner keeps in mind, a power of two.
+  static constexpr int kQueueGranules = 512;
+  /// MMA tiles that the scanner may be ahead of the loads.
+  static constexpr int kRecords = 4;
 
   TREEATTN_HOST_DEVICE constexpr int warpgroups() const { return warps / 4; }
   /// One more warpgroup loads.
   TREEATTN_HOST_DEVICE constexpr int threads() const { return warps * 32 + 128; }
-  TREEATTN_HOST_DEVICE constexpr int boxes() const { return block_n / box_n; }
+  TREEATTN_HOST_DEVICE constexpr int granules() const { return block_n / kGranule; }
+  TREEATTN_HOST_DEVICE constexpr int granules_in_box() const { return box_n / kGranule; }
+  TREEATTN_HOST_DEVICE constexpr int flag_bits() const { return sm90_flag_bits(warpgroups()); }
   TREEATTN_HOST_DEVICE constexpr int chunks() const { return (head_dim + 63) / 64; }
   TREEATTN_HOST_DEVICE constexpr int chunks_v() const { return (head_dim_v + 63) / 64; }
 
@@ -106,40 +116,48 @@ struct ForwardSm90Config {
   TREEATTN_HOST_DEVICE constexpr int v_offset() const {
     return k_offset() + stages * k_stage_bytes();
   }
-  /// Tiles whose intervals and flags are in shared memory: they come with K, which runs a tile
-  /// ahead of V, and go with V.
-  TREEATTN_HOST_DEVICE constexpr int mask_slots() const { return stages + 2; }
+  /// Tiles whose intervals and flags are in shared memory. They come with K: tile t + stages + 1 is
+  /// loaded once every warp has released K of tile t + 1, and has thus left the softmax of tile t.
+  TREEATTN_HOST_DEVICE constexpr int mask_slots() const { return stages + 1; }
   /// Per slot: first[block_n], len[block_n], then the tile's flags, all int32.
   TREEATTN_HOST_DEVICE constexpr int mask_slot_bytes() const { return (2 * block_n + 4) * 4; }
   TREEATTN_HOST_DEVICE constexpr int mask_offset() const {
     return v_offset() + stages * v_stage_bytes();
   }
-  /// {box, flags} of visible boxes, a ring.
+  /// Visible granules, a ring.
   TREEATTN_HOST_DEVICE constexpr int queue_offset() const {
     return mask_offset() + mask_slots() * mask_slot_bytes();
   }
+  /// Tiles for the loader: {row0, rows, head, kind}, {key0, keys, granules, last}, granules.
+  TREEATTN_HOST_DEVICE constexpr int record_bytes() const { return 32 + (granules() + 3) / 4 * 16; }
+  TREEATTN_HOST_DEVICE constexpr int record_offset() const {
+    return queue_offset() + kQueueGranules * 4;
+  }
   /// What the block works on, per Q stage: {row0, rows, head, kind}.
   TREEATTN_HOST_DEVICE constexpr int work_offset() const {
-    return queue_offset() + kQueueBoxes * 8;
+    return record_offset() + kRecords * record_bytes();
   }
   /// mbarriers, for two Q stages: tail, Q full, Q empty, then K full, K empty, V full and V empty
-  /// per stage.
+  /// per stage, then record full and empty.
   TREEATTN_HOST_DEVICE constexpr int barrier_offset() const { return work_offset() + 2 * 16; }
-  TREEATTN_HOST_DEVICE constexpr int barriers() const { return 1 + 2 * 2 + 4 * stages; }
+  TREEATTN_HOST_DEVICE constexpr int barriers() const {
+    return 1 + 2 * 2 + 4 * stages + 2 * kRecords;
+  }
   TREEATTN_HOST_DEVICE constexpr int bytes_beside_q() const {
     return stages * (k_stage_bytes() + v_stage_bytes()) + mask_slots() * mask_slot_bytes() +
-           kQueueBoxes * 8 + 2 * 16 + barriers() * 8;
+           kQueueGranules * 4 + kRecords * record_bytes() + 2 * 16 + barriers() * 8;
   }
   TREEATTN_HOST_DEVICE constexpr int smem_bytes() const {
     return barrier_offset() + barriers() * 8;
   }
 
-  // Registers of a thread after the warpgroups have traded: a multiprocessor's 65,536 stay enough.
-  TREEATTN_HOST_DEVICE constexpr int producer_registers() const {
-    return warpgroups() == 2 ? 40 : 32;
-  }
+  // Registers of a thread after the warpgroups have traded. They trade what the block was started
+  // with: threads() times the most that divides 65,536 among them in steps of 8. Who asks for more
+  // waits forever.
+  TREEATTN_HOST_DEVICE constexpr int registers() const { return 65536 / threads() / 8 * 8; }
+  TREEATTN_HOST_DEVICE constexpr int producer_registers() const { return 56; }
   TREEATTN_HOST_DEVICE constexpr int consumer_registers() const {
-    return warpgroups() == 2 ? 232 : 160;
+    return (registers() * (warpgroups() + 1) - producer_registers()) / warpgroups() / 8 * 8;
   }
 };
 

@@ -62,9 +62,10 @@ struct alignas(128) TensorMap {
 /// Parameters of the sm90 family's forward kernels. The maps' dims are {head dim, head, token}.
 struct ForwardSm90Params {
   TensorMap q;
-  TensorMap k;
-  TensorMap v;
+  TensorMap k, k_granule;  ///< a box, a granule
+  TensorMap v, v_granule;
   ForwardParams f;
+  long long granules;           ///< offset of the granules' KeyTiles in the plan
   unsigned long long* counter;  ///< the launch (upper half) and how many items it has drawn
   unsigned launch;              ///< this one: another number than that of any launch before, not 0
   int q_head_step, k_head_step, v_head_step;  ///< 0: all heads are the map's one
