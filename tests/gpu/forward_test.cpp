@@ -70,6 +70,7 @@ TEST_F(Forward, TokensWithoutAStrideAgreeWithTheOracle) {
     RandomCaseOptions options = plain(DType::kBF16, dims.k);
     options.head_dim_v = dims.v;
     options.lowering = Lowering::kTree;
+    options.long_share = 0;
     for (const bool softcap : {false, true}) {
       options.softcap = softcap;
       std::uint64_t seed = 900;
