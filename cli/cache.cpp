@@ -6,13 +6,17 @@
 #include <limits>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "cli/arguments.h"
 #include "cli/commands.h"
 #include "cli/common.h"
 #include "cli/store.h"
+#include "generator/tile_space.h"
+#include "runtime/attention/forward.h"
 #include "runtime/support/config.h"
 #include "runtime/support/file_io.h"
 #include "treeattn/error.h"
@@ -265,6 +269,37 @@ std::string explain_verdict(const KernelExplanation& found) {
                      reason, found.remedy);
 }
 
+/// Whether calls that name no kernel come to this one of the sm90 family.
+bool used_by_default(const KernelSpec& spec) {
+  return config().family == FamilyChoice::kAuto && spec == default_spec(spec.problem);
+}
+
+/// What runs in its place where a tensor's strides rule it out, with a plan made for its shape
+/// alone.
+std::optional<KernelSpec> strided_spec_of(const KernelSpec& spec) {
+  PlanShape plan{};
+  plan.num_views = 1;
+  plan.views[0] = {spec.tile.block_m, spec.tile.view_block_n()};
+  return strided_spec(spec.problem, plan);
+}
+
+/// When a kernel of the sm90 family is used.
+std::string explain_use(const KernelSpec& spec) {
+  constexpr std::string_view kStrides =
+      "q, k or v with a zero or negative token stride, or a negative head stride";
+  if (!used_by_default(spec)) {
+    return fmt::format("by calls that name it{}; it refuses {}",
+                       config().family == FamilyChoice::kSm80 ? ", under TREEATTN_FAMILY=sm80" : "",
+                       kStrides);
+  }
+  const auto instead = strided_spec_of(spec);
+  return fmt::format(
+      "on compute capability 9.0, but not for {}: {}", kStrides,
+      instead
+          ? to_string(*instead) + " is used then"
+          : "those need a plan that holds tiles of the sm80 family too, or TREEATTN_FAMILY=sm80");
+}
+
 Json explanation_json(const KernelExplanation& found) {
   Json json;
   json["spec"] = found.text;
@@ -272,6 +307,13 @@ Json explanation_json(const KernelExplanation& found) {
   json["target"] = to_string(found.options.target);
   json["flags"] = found.options.flags;
   json["source_bytes"] = found.source_bytes;
+  if (found.spec.problem.family == Family::kSm90) {
+    json["used"] = explain_use(found.spec);
+    if (used_by_default(found.spec)) {
+      const auto instead = strided_spec_of(found.spec);
+      json["other_strides"] = instead ? Json(to_string(*instead)) : Json(nullptr);
+    }
+  }
   json["jit"] = jit_name(found.jit);
   json["found"] = found.artifact.has_value();
   if (found.artifact) json["nvrtc"] = found.artifact->nvrtc;
@@ -303,6 +345,9 @@ int run_explain(const CacheOptions& options) {
                         ? fmt::format("NVRTC {} ({})", found.compiler.version, found.compiler.path)
                         : "NVRTC was not found"));
   print(fmt::format("policy    TREEATTN_JIT={}\n", jit_name(found.jit)));
+  if (spec.problem.family == Family::kSm90) {
+    print(fmt::format("used      {}\n", explain_use(spec)));
+  }
   for (const StoreProbe& probe : found.probes) {
     print(fmt::format("looked at {}: {}\n", probe.path, probe.outcome));
   }

@@ -7,6 +7,7 @@
 #include <memory>
 #include <string>
 #include <system_error>
+#include <utility>
 #include <vector>
 
 #include "cli/commands.h"
@@ -53,7 +54,15 @@ Json examine_gpu(int ordinal) {
     json["memory_bytes"] = info.memory_bytes;
     json["l2_bytes"] = info.l2_bytes;
     json["smem_per_block_bytes"] = info.smem_optin_bytes;
-    json["target"] = to_string(kernel_target(info));
+    const Target target = kernel_target(info);
+    json["target"] = to_string(target);
+    for (const auto& [name, pass] : {std::pair("forward", Pass::kForward),
+                                     {"backward", Pass::kBackward},
+                                     {"plan", Pass::kPlan}}) {
+      const FamilyTarget kernels = default_family(pass, target);
+      json["kernels"][name] =
+          fmt::format("{}@{}", to_string(kernels.family), to_string(kernels.target));
+    }
   } catch (const Error& error) {
     json["problem"] = error.what();
   }
@@ -206,10 +215,11 @@ std::string gpu_text(const Json& gpu) {
   if (gpu.contains("problem")) {
     return fmt::format("{}: {}", gpu["ordinal"].get<int>(), text_of(gpu, "problem"));
   }
-  return fmt::format(
-      "{}: {}, compute capability {}, {} SMs, {}, kernels for {}", gpu["ordinal"].get<int>(),
-      text_of(gpu, "name"), text_of(gpu, "compute_capability"), gpu["sm_count"].get<int>(),
-      format_bytes(gpu["memory_bytes"].get<std::uint64_t>()), text_of(gpu, "target"));
+  return fmt::format("{}: {}, compute capability {}, {} SMs, {}, kernels for {}",
+                     gpu["ordinal"].get<int>(), text_of(gpu, "name"),
+                     text_of(gpu, "compute_capability"), gpu["sm_count"].get<int>(),
+                     format_bytes(gpu["memory_bytes"].get<std::uint64_t>()),
+                     describe_targets(parse_target(text_of(gpu, "target"))));
 }
 
 std::string verdict(const Json& can) {

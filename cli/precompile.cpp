@@ -112,7 +112,8 @@ std::vector<Target> parse_targets(const std::string& text) {
     } else if (part == "native") {
       some = local_targets();
     } else {
-      some.push_back(parse_target(part));
+      // As for native: what a GPU of this target runs, which on 9.0 is compiled for two targets.
+      some.push_back(kernel_target(parse_target(part)));
     }
     targets.insert(targets.end(), some.begin(), some.end());
   }
@@ -405,8 +406,7 @@ void add_precompile(CLI::App& app, Action& action) {
       app.add_subcommand("precompile", "Compile kernels ahead, for any GPU, on any machine");
   const auto options = std::make_shared<PrecompileOptions>();
   command
-      ->add_option("--arch", options->arch,
-                   "Targets: sm_80,sm_90 or all, or native: this machine's GPUs")
+      ->add_option("--arch", options->arch, "GPUs: sm_80,sm_90 or all, or native: this machine's")
       ->type_name("LIST");
   command
       ->add_option("--head-dim", options->head_dims,

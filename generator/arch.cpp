@@ -46,6 +46,13 @@ FamilyTarget default_family(Pass pass, Target device) {
   return {Family::kSm80, Target{device.cc, false}};
 }
 
+std::string describe_targets(Target device) {
+  const Target forward = default_family(Pass::kForward, device).target;
+  const Target rest = default_family(Pass::kPlan, device).target;
+  if (forward == rest) return to_string(forward);
+  return fmt::format("{} (forward) and {} (backward, plan)", to_string(forward), to_string(rest));
+}
+
 Target target_for_device(int major, int minor) {
   if (major < 8) {
     throw Error(

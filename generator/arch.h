@@ -2,6 +2,7 @@
 #pragma once
 
 #include <span>
+#include <string>
 
 #include "generator/kernel_spec.h"
 
@@ -27,6 +28,10 @@ struct FamilyTarget {
 /// The default for a device's target. sm_90a stands for a device of compute capability 9.0 whose
 /// forward kernels are the sm90 family's; everything else there is the sm80 family for sm_90.
 FamilyTarget default_family(Pass pass, Target device);
+
+/// What a device's kernels are compiled for, for people: sm_80, or sm_90a (forward) and sm_90
+/// (backward, plan).
+std::string describe_targets(Target device);
 
 /// Known targets in ascending order: sm_80, sm_86, sm_87, sm_89, sm_90, sm_100, sm_120 and so on.
 std::span<const ArchLimits> known_targets();

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <tuple>
 #include <utility>
 
 #include "generator/arch.h"
@@ -26,44 +27,55 @@ constexpr std::array<std::uint16_t, 2> kSm90BoxN{32, 64};
 constexpr std::array<std::uint8_t, 2> kStages{1, 2};
 constexpr std::array<std::uint8_t, 3> kWarps{2, 4, 8};
 
-std::optional<std::string> refuse_dim(const char* name, int dim) {
-  if (dim >= kHeadDimMin && dim <= kHeadDimMax && dim % kHeadDimStep == 0) return std::nullopt;
-  return fmt::format("{} is {}, expected a multiple of {} from {} to {}", name, dim, kHeadDimStep,
-                     kHeadDimMin, kHeadDimMax);
+/// With four warps a multiprocessor a scheduler has nothing to run while its only warp waits.
+constexpr int kFillingWarps = 8;
+
+/// For `return refused(why, ...)`: true, and the reason for who wants to know it. Hot calls look
+/// for their default tile and do not.
+template <class... Args>
+bool refused(std::string* why, fmt::format_string<Args...> reason, Args&&... args) {
+  if (why != nullptr) *why = fmt::format(reason, std::forward<Args>(args)...);
+  return true;
+}
+
+bool refuse_dim(const char* name, int dim, std::string* why) {
+  if (dim >= kHeadDimMin && dim <= kHeadDimMax && dim % kHeadDimStep == 0) return false;
+  return refused(why, "{} is {}, expected a multiple of {} from {} to {}", name, dim, kHeadDimStep,
+                 kHeadDimMin, kHeadDimMax);
 }
 
 template <std::size_t kCount, class T>
-std::optional<std::string> refuse_value(const char* name, int value,
-                                        const std::array<T, kCount>& allowed) {
-  if (std::find(allowed.begin(), allowed.end(), value) != allowed.end()) return std::nullopt;
-  return fmt::format("{} is {}, expected one of {}", name, value, fmt::join(allowed, ", "));
+bool refuse_value(const char* name, int value, const std::array<T, kCount>& allowed,
+                  std::string* why) {
+  if (std::find(allowed.begin(), allowed.end(), value) != allowed.end()) return false;
+  return refused(why, "{} is {}, expected one of {}", name, value, fmt::join(allowed, ", "));
 }
 
 template <class Config>
-std::optional<std::string> refuse_smem(const Problem& problem, const Config& config) {
+bool refuse_smem(const Problem& problem, const Config& config, std::string* why) {
   const int limit = arch_limits(problem.target).smem_per_block;
-  if (config.smem_bytes() <= limit) return std::nullopt;
-  return fmt::format("needs {} bytes of shared memory, {} offers {} a block", config.smem_bytes(),
-                     to_string(problem.target), limit);
+  if (config.smem_bytes() <= limit) return false;
+  return refused(why, "needs {} bytes of shared memory, {} offers {} a block", config.smem_bytes(),
+                 to_string(problem.target), limit);
 }
 
 /// What any pass of the sm80 family refuses alike.
 template <class Config>
-std::optional<std::string> refuse_size(const Problem& problem, const Config& config) {
+bool refuse_size(const Problem& problem, const Config& config, std::string* why) {
   const int accumulators = accumulator_registers(config);
   if (accumulators > kMaxAccumulators) {
-    return fmt::format("accumulators take {} registers a thread, expected at most {}", accumulators,
-                       kMaxAccumulators);
+    return refused(why, "accumulators take {} registers a thread, expected at most {}",
+                   accumulators, kMaxAccumulators);
   }
-  return refuse_smem(problem, config);
+  return refuse_smem(problem, config, why);
 }
 
-std::optional<std::string> refuse_forward(const Problem& problem, const TileConfig& tile) {
+bool refuse_forward(const Problem& problem, const TileConfig& tile, std::string* why) {
   const int rows = tile.block_m / tile.warps;
   if (rows != 16 && rows != 32) {
-    return fmt::format("a warp would own {} rows, expected 16 or 32", rows);
+    return refused(why, "a warp would own {} rows, expected 16 or 32", rows);
   }
-  return refuse_size(problem, forward_config({problem, tile}));
+  return refuse_size(problem, forward_config({problem, tile}), why);
 }
 
 /// Registers a consumer needs beside its accumulators: addresses, descriptors, softmax state. Found
@@ -72,47 +84,93 @@ constexpr int sm90_other_registers(bool softcap) {
   return softcap ? 40 : 32;
 }
 
-std::optional<std::string> refuse_forward_sm90(const Problem& problem, const TileConfig& tile) {
-  if (auto reason = refuse_value("block_m", tile.block_m, kSm90BlockM)) return reason;
+bool refuse_forward_sm90(const Problem& problem, const TileConfig& tile, std::string* why) {
+  if (refuse_value("block_m", tile.block_m, kSm90BlockM, why)) return true;
   // A tile's granules have a flag each for every warpgroup.
   const int most = sm90_flag_bits(tile.block_m / 64) * ForwardSm90Config::kGranule;
   if (tile.block_n < 16 || tile.block_n > most || tile.block_n % 16 != 0) {
-    return fmt::format("block_n is {}, expected a multiple of 16 from 16 to {}", tile.block_n,
-                       most);
+    return refused(why, "block_n is {}, expected a multiple of 16 from 16 to {}", tile.block_n,
+                   most);
   }
-  if (auto reason = refuse_value("box_n", tile.box_n, kSm90BoxN)) return reason;
-  if (tile.stages != 2) return fmt::format("stages is {}, expected 2", tile.stages);
+  if (refuse_value("box_n", tile.box_n, kSm90BoxN, why)) return true;
+  if (tile.stages != 2) return refused(why, "stages is {}, expected 2", tile.stages);
   if (tile.warps != tile.block_m / 16) {
-    return fmt::format("warps is {}, expected {} for {} rows", tile.warps, tile.block_m / 16,
-                       tile.block_m);
+    return refused(why, "warps is {}, expected {} for {} rows", tile.warps, tile.block_m / 16,
+                   tile.block_m);
   }
   const ForwardSm90Config config = forward_sm90_config({problem, tile});
   if (const int loads = config.granules() * std::max(config.chunks(), config.chunks_v());
       loads > 32) {
-    return fmt::format("a tile has {} pieces of 16 keys and 64 dims, expected at most 32", loads);
+    return refused(why, "a tile has {} pieces of 16 keys and 64 dims, expected at most 32", loads);
   }
   const int registers = accumulator_registers(config) + sm90_other_registers(problem.softcap);
   if (registers > config.consumer_registers()) {
-    return fmt::format("a thread needs {} registers, {} warpgroups leave it {}", registers,
-                       config.warpgroups(), config.consumer_registers());
+    return refused(why, "a thread needs {} registers, {} warpgroups leave it {}", registers,
+                   config.warpgroups(), config.consumer_registers());
   }
-  return refuse_smem(problem, config);
+  return refuse_smem(problem, config, why);
 }
 
-std::optional<std::string> refuse_backward(const Problem& problem, const TileConfig& tile) {
-  if (tile.warps < 4) return fmt::format("warps is {}, expected 4 or 8", tile.warps);
+bool refuse_backward(const Problem& problem, const TileConfig& tile, std::string* why) {
+  if (tile.warps < 4) return refused(why, "warps is {}, expected 4 or 8", tile.warps);
   if (tile.block_n % (8 * tile.warps) != 0) {
-    return fmt::format("block_n is {}, expected a multiple of {} with {} warps", tile.block_n,
-                       8 * tile.warps, tile.warps);
+    return refused(why, "block_n is {}, expected a multiple of {} with {} warps", tile.block_n,
+                   8 * tile.warps, tile.warps);
   }
-  return refuse_size(problem, backward_config({problem, tile}));
+  return refuse_size(problem, backward_config({problem, tile}), why);
 }
 
-std::optional<std::string> refuse_backward_dq(const Problem& problem, const TileConfig& tile) {
+bool refuse_backward_dq(const Problem& problem, const TileConfig& tile, std::string* why) {
   if (tile.block_m != 16 * tile.warps) {
-    return fmt::format("a warp would own {} rows, expected 16", tile.block_m / tile.warps);
+    return refused(why, "a warp would own {} rows, expected 16", tile.block_m / tile.warps);
   }
-  return refuse_size(problem, backward_dq_config({problem, tile}));
+  return refuse_size(problem, backward_dq_config({problem, tile}), why);
+}
+
+/// Whether a tile is not legal for a problem that is; `why` may be null.
+bool refuse_tile(const Problem& problem, const TileConfig& tile, std::string* why) {
+  if (problem.pass == Pass::kPlan) {
+    return tile != TileConfig{} && refused(why, "plan kernels have no tile");
+  }
+  if (problem.family == Family::kSm90) return refuse_forward_sm90(problem, tile, why);
+  if (tile.box_n != 0) {
+    return refused(why, "the sm80 family loads whole tiles: expected no box_n");
+  }
+  if (refuse_value("block_m", tile.block_m, kBlockM, why)) return true;
+  if (refuse_value("block_n", tile.block_n, kBlockN, why)) return true;
+  if (refuse_value("stages", tile.stages, kStages, why)) return true;
+  if (refuse_value("warps", tile.warps, kWarps, why)) return true;
+  switch (problem.pass) {
+    case Pass::kBackward:
+      return refuse_backward(problem, tile, why);
+    case Pass::kBackwardDq:
+      return refuse_backward_dq(problem, tile, why);
+    default:
+      return refuse_forward(problem, tile, why);
+  }
+}
+
+/// Every tile the space enumerates for a problem.
+template <class Visit>
+void for_each_tile(const Problem& problem, Visit&& visit) {
+  if (problem.pass == Pass::kPlan) return;
+  if (problem.family == Family::kSm90) {
+    for (const std::uint16_t m : kSm90BlockM) {
+      for (const std::uint16_t n : kSm90BlockN) {
+        for (const std::uint16_t box : kSm90BoxN) {
+          visit(TileConfig{m, n, 2, static_cast<std::uint8_t>(m / 16), box});
+        }
+      }
+    }
+    return;
+  }
+  for (const std::uint16_t m : kBlockM) {
+    for (const std::uint16_t n : kBlockN) {
+      for (const std::uint8_t stages : kStages) {
+        for (const std::uint8_t warps : kWarps) visit(TileConfig{m, n, stages, warps});
+      }
+    }
+  }
 }
 
 /// dq tiles in order of preference.
@@ -193,56 +251,23 @@ std::optional<std::string> refuse_problem(const Problem& problem) {
     if (problem.pass != Pass::kForward) return "the sm90 family has forward kernels only";
   }
   if (problem.pass == Pass::kPlan) return std::nullopt;
-  if (auto reason = refuse_dim("head_dim", problem.head_dim)) return reason;
-  return refuse_dim("head_dim_v", problem.head_dim_v);
+  std::string why;
+  if (refuse_dim("head_dim", problem.head_dim, &why)) return why;
+  if (refuse_dim("head_dim_v", problem.head_dim_v, &why)) return why;
+  return std::nullopt;
 }
 
 std::optional<std::string> refuse_tile(const Problem& problem, const TileConfig& tile) {
-  if (problem.pass == Pass::kPlan) {
-    if (tile == TileConfig{}) return std::nullopt;
-    return "plan kernels have no tile";
-  }
-  if (problem.family == Family::kSm90) return refuse_forward_sm90(problem, tile);
-  if (tile.box_n != 0) return "the sm80 family loads whole tiles: expected no box_n";
-  if (auto reason = refuse_value("block_m", tile.block_m, kBlockM)) return reason;
-  if (auto reason = refuse_value("block_n", tile.block_n, kBlockN)) return reason;
-  if (auto reason = refuse_value("stages", tile.stages, kStages)) return reason;
-  if (auto reason = refuse_value("warps", tile.warps, kWarps)) return reason;
-  switch (problem.pass) {
-    case Pass::kBackward:
-      return refuse_backward(problem, tile);
-    case Pass::kBackwardDq:
-      return refuse_backward_dq(problem, tile);
-    default:
-      return refuse_forward(problem, tile);
-  }
+  std::string why;
+  if (refuse_tile(problem, tile, &why)) return why;
+  return std::nullopt;
 }
 
 std::vector<TileCandidate> tile_candidates(const Problem& problem) {
   std::vector<TileCandidate> candidates;
-  if (problem.pass == Pass::kPlan) return candidates;
-  const auto add = [&](const TileConfig& tile) {
+  for_each_tile(problem, [&](const TileConfig& tile) {
     candidates.push_back({tile, refuse_tile(problem, tile).value_or("")});
-  };
-  if (problem.family == Family::kSm90) {
-    for (const std::uint16_t m : kSm90BlockM) {
-      for (const std::uint16_t n : kSm90BlockN) {
-        for (const std::uint16_t box : kSm90BoxN) {
-          add({m, n, 2, static_cast<std::uint8_t>(m / 16), box});
-        }
-      }
-    }
-    return candidates;
-  }
-  for (const std::uint16_t m : kBlockM) {
-    for (const std::uint16_t n : kBlockN) {
-      for (const std::uint8_t stages : kStages) {
-        for (const std::uint8_t warps : kWarps) {
-          add({m, n, stages, warps});
-        }
-      }
-    }
-  }
+  });
   return candidates;
 }
 
@@ -252,14 +277,36 @@ TileConfig default_tile(const Problem& problem) {
   }
   if (problem.pass == Pass::kPlan) return {};
   const auto preferences = preferred_tiles(problem);
-  // With four warps a multiprocessor a scheduler has nothing to run while its only warp waits.
-  for (const int warps : {8, 1}) {
+  for (const int warps : {kFillingWarps, 1}) {
     for (const TileConfig& tile : preferences) {
-      if (refuse_tile(problem, tile)) continue;
+      if (refuse_tile(problem, tile, nullptr)) continue;
       if (blocks_per_sm({problem, tile}) * tile.warps >= warps) return tile;
     }
   }
   throw Error(ErrorCode::kInternal, fmt::format("no default tile fits {}", to_string(problem)));
+}
+
+std::optional<TileConfig> sm80_tile_for_views(const Problem& problem,
+                                              std::span<const PlanView> views) {
+  const auto held = [&](const TileConfig& tile) {
+    return std::any_of(views.begin(), views.end(), [&](const PlanView& view) {
+      return view.block_m == tile.block_m && view.block_n == tile.block_n;
+    });
+  };
+  const TileConfig usual = default_tile(problem);
+  if (held(usual)) return usual;
+  // What fills a multiprocessor first, then the larger tile, then what loads further ahead.
+  using Merit = std::tuple<bool, int, int, int>;
+  const auto merit = [&](const TileConfig& tile) {
+    const bool fills = blocks_per_sm({problem, tile}) * tile.warps >= kFillingWarps;
+    return Merit{fills, tile.block_m * tile.block_n, tile.stages, -tile.warps};
+  };
+  std::optional<TileConfig> best;
+  for_each_tile(problem, [&](const TileConfig& tile) {
+    if (!held(tile) || refuse_tile(problem, tile, nullptr)) return;
+    if (!best || merit(tile) > merit(*best)) best = tile;
+  });
+  return best;
 }
 
 KernelSpec default_spec(const Problem& problem) {

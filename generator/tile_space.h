@@ -3,10 +3,12 @@
 #pragma once
 
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
 #include "generator/kernel_spec.h"
+#include "templates/shared/plan.h"
 
 namespace treeattn {
 
@@ -24,6 +26,10 @@ std::vector<TileCandidate> tile_candidates(const Problem& problem);
 
 /// The tile used unless a caller asks for another. Throws Error for an unsupported problem.
 TileConfig default_tile(const Problem& problem);
+/// The best tile of the sm80 family that walks one of these views, for a problem of that family:
+/// the default one where its view is there, none if no view suits the problem.
+std::optional<TileConfig> sm80_tile_for_views(const Problem& problem,
+                                              std::span<const PlanView> views);
 /// The problem with its default tile.
 KernelSpec default_spec(const Problem& problem);
 /// All default specs of a pass on one device's target (see default_family): every head dim, both

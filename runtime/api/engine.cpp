@@ -19,6 +19,7 @@
 #include "runtime/cuda/driver.h"
 #include "runtime/jit/kernel_cache.h"
 #include "runtime/jit/launch.h"
+#include "runtime/support/log.h"
 #include "treeattn/treeattn.h"
 
 namespace treeattn {
@@ -35,6 +36,15 @@ std::atomic<unsigned>& fork_generation() {
 
 /// The view that the CPU executor walks; any head dim fits it.
 constexpr PlanView kCpuView{128, 64};
+
+std::string describe_views(const PlanShape& plan) {
+  std::string text;
+  for (int v = 0; v < plan.num_views; ++v) {
+    text +=
+        fmt::format("{}{}x{}", v == 0 ? "" : ", ", plan.views[v].block_m, plan.views[v].block_n);
+  }
+  return text.empty() ? "no tiles" : text + " tiles";
+}
 
 CUstream to_stream(Stream stream) {
   return static_cast<CUstream>(stream);
@@ -139,25 +149,28 @@ struct Engine::Impl {
   }
 
   void forward(const ForwardArgs& args, const PlanShape& plan, Stream stream) {
-    const KernelSpec spec = kernel_spec(Pass::kForward, shape_of(args), args.spec);
+    KernelSpec spec = kernel_spec(Pass::kForward, shape_of(args), args.spec);
+    if (spec.problem.family == Family::kSm90) {
+      const ForwardTensorMaps maps = forward_tensor_maps(args, plan, spec);
+      if (plan.total_q == 0 || maps.fit()) {
+        forward_sm90(args, plan, spec, maps, stream);
+        return;
+      }
+      spec = spec_for_strides(args, plan, spec.problem, maps);
+    }
     const ForwardLaunch work =
         make_forward_launch(args, plan, spec, device.sm_count, device.l2_bytes);
     if (work.grid.x == 0) return;
-    if (spec.problem.family == Family::kSm90) {
-      forward_sm90(args, plan, spec, work, stream);
-      return;
-    }
     const ContextScope scope(context);
     launch(kernels->get(spec, to_stream(stream)), 0, work.grid, &work.params, sizeof(work.params),
            stream);
   }
 
   void forward_sm90(const ForwardArgs& args, const PlanShape& plan, const KernelSpec& spec,
-                    const ForwardLaunch& work, Stream stream) {
-    const ForwardTensorMaps maps = forward_tensor_maps(args, plan, spec);
-    check_tensor_map("q", maps.q);
-    check_tensor_map("k", maps.k);
-    check_tensor_map("v", maps.v);
+                    const ForwardTensorMaps& maps, Stream stream) {
+    const ForwardLaunch work =
+        make_forward_launch(args, plan, spec, device.sm_count, device.l2_bytes);
+    if (work.grid.x == 0) return;
     const ContextScope scope(context);
     const ForwardSm90Params params{encode_tensor_map(maps.q),
                                    encode_tensor_map(maps.k),
@@ -182,15 +195,28 @@ struct Engine::Impl {
     return number;
   }
 
-  static void check_tensor_map(std::string_view name, const TensorMapRequest& request) {
-    if (fits_tensor_map(request)) return;
-    throw Error(
-        ErrorCode::kUnsupported,
-        fmt::format(
-            "{} has token stride {} and head stride {}, which kernels of the sm90 "
-            "family cannot read: expected a positive token stride and no negative head stride",
-            name, request.token_stride, request.head_stride),
-        "copy the tensor, or set TREEATTN_FAMILY=sm80");
+  /// The kernel that runs where strides rule out the sm90 family's, which no caller named.
+  static KernelSpec spec_for_strides(const ForwardArgs& args, const PlanShape& plan,
+                                     const Problem& problem, const ForwardTensorMaps& maps) {
+    if (!args.spec.empty()) {
+      throw Error(ErrorCode::kUnsupported, describe_misfit(maps),
+                  "copy the tensor, or name no kernel: one of the sm80 family is used then");
+    }
+    const auto spec = strided_spec(problem, plan);
+    if (!spec) {
+      throw Error(
+          ErrorCode::kUnsupported,
+          fmt::format("{}; and the plan, which holds tile lists for {}, serves no kernel of "
+                      "the sm80 family with head dims {} and {}",
+                      describe_misfit(maps), describe_views(plan), problem.head_dim,
+                      problem.head_dim_v),
+          "copy the tensor, or plan and run with TREEATTN_FAMILY=sm80");
+    }
+    if (log_level() >= LogLevel::kInfo) {
+      log_once(LogLevel::kInfo, "strides:" + to_string(*spec),
+               fmt::format("{}; {} is used", describe_misfit(maps), to_string(*spec)));
+    }
+    return *spec;
   }
 
   void backward(const BackwardArgs& args, const PlanShape& plan, Stream stream) {
@@ -251,7 +277,7 @@ std::string Engine::description() const {
   }
   return fmt::format("{} (compute capability {}.{}, {} SMs), kernels for {}", impl_->device.name,
                      impl_->device.major, impl_->device.minor, impl_->device.sm_count,
-                     to_string(impl_->target));
+                     describe_targets(impl_->target));
 }
 
 Plan Engine::plan_for(std::int64_t total_q, std::int64_t total_k, int batch,

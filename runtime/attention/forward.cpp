@@ -1,9 +1,13 @@
 #include "runtime/attention/forward.h"
 
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 
 #include "generator/launch_bounds.h"
+#include "generator/tile_space.h"
 
 namespace treeattn {
 
@@ -101,6 +105,27 @@ ForwardTensorMaps forward_tensor_maps(const ForwardArgs& args, const PlanShape& 
   return {request(args.q, args.head_dim, args.heads, plan.total_q, tile.block_m),
           keys(args.k, args.head_dim, tile.box_n), keys(args.k, args.head_dim, kGranuleKeys),
           keys(args.v, dim_v, tile.box_n), keys(args.v, dim_v, kGranuleKeys)};
+}
+
+std::optional<KernelSpec> strided_spec(const Problem& problem, const PlanShape& plan) {
+  Problem sm80 = problem;
+  sm80.family = Family::kSm80;
+  sm80.target.arch_specific = false;
+  const auto tile =
+      sm80_tile_for_views(sm80, {plan.views, static_cast<std::size_t>(plan.num_views)});
+  if (!tile) return std::nullopt;
+  return KernelSpec{sm80, *tile};
+}
+
+std::string describe_misfit(const ForwardTensorMaps& maps) {
+  for (const auto& [name, map] : {std::pair("q", &maps.q), {"k", &maps.k}, {"v", &maps.v}}) {
+    if (fits_tensor_map(*map)) continue;
+    return fmt::format(
+        "{} has token stride {} and head stride {}, which kernels of the sm90 family cannot read: "
+        "expected a positive token stride and no negative head stride",
+        name, map->token_stride, map->head_stride);
+  }
+  return {};
 }
 
 PlanLaunch make_plan_launch(const PlanShape& shape, const PlanInputs& inputs, std::int32_t* buffer,

@@ -4,6 +4,8 @@
 #pragma once
 
 #include <cstddef>
+#include <optional>
+#include <string>
 
 #include "generator/kernel_spec.h"
 #include "runtime/attention/arguments.h"
@@ -30,9 +32,16 @@ struct ForwardLaunch {
 /// q, k and v as the sm90 family reads them.
 struct ForwardTensorMaps {
   TensorMapRequest q, k, k_granule, v, v_granule;
+
+  bool fit() const { return fits_tensor_map(q) && fits_tensor_map(k) && fits_tensor_map(v); }
 };
 ForwardTensorMaps forward_tensor_maps(const ForwardArgs& args, const PlanShape& plan,
                                       const KernelSpec& spec);
+/// For a call whose strides no tensor map holds: the sm80 family's kernel for a problem of the sm90
+/// family, with a tile that the plan holds a view for. None: the plan holds no such view.
+std::optional<KernelSpec> strided_spec(const Problem& problem, const PlanShape& plan);
+/// What is wrong with the strides, for an error; `maps` do not fit.
+std::string describe_misfit(const ForwardTensorMaps& maps);
 /// `l2_bytes` sizes the groups of heads that are walked together. Throws if the plan holds no view
 /// for the spec's tile.
 ForwardLaunch make_forward_launch(const ForwardArgs& args, const PlanShape& plan,

@@ -59,10 +59,13 @@ const DeviceInfo& device_info(CUdevice device) {
   return known->emplace(key, read_device(device)).first->second;
 }
 
+Target kernel_target(Target device, FamilyChoice choice) {
+  const bool hopper = device.cc == kSm90Target.cc;
+  return hopper && choice == FamilyChoice::kAuto ? kSm90Target : device;
+}
+
 Target kernel_target(const DeviceInfo& device, FamilyChoice choice) {
-  const Target target = target_for_device(device.major, device.minor);
-  const bool hopper = target.cc == kSm90Target.cc;
-  return hopper && choice == FamilyChoice::kAuto ? kSm90Target : target;
+  return kernel_target(target_for_device(device.major, device.minor), choice);
 }
 
 CUdevice current_device() {

@@ -28,8 +28,10 @@ struct DeviceInfo {
 /// Read once per device; the reference stays valid.
 const DeviceInfo& device_info(CUdevice device);
 
-/// The target of the kernels that run on a device unless a caller names others: see
-/// default_family(). Throws Error(kUnsupported) below compute capability 8.0.
+/// What default_family() is asked about for a device, or for devices of a target: sm_90a in place
+/// of sm_90 where the sm90 family is chosen.
+Target kernel_target(Target device, FamilyChoice choice = config().family);
+/// Throws Error(kUnsupported) below compute capability 8.0.
 Target kernel_target(const DeviceInfo& device, FamilyChoice choice = config().family);
 
 /// The device of the current context. Throws with what to do if there is no current context.

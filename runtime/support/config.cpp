@@ -26,7 +26,7 @@ constexpr std::array kVariables = {
     Variable{"TREEATTN_CAPTURE_MISS",
              "a kernel not loaded before graph capture: load (with a warning) or error"},
     Variable{"TREEATTN_FAMILY",
-             "sm80: the same kernels everywhere; auto: the sm90 family's forward on a 9.0 GPU"},
+             "auto: the sm90 family's forward on a 9.0 GPU; sm80: the same kernels everywhere"},
     Variable{"TREEATTN_LOG", "error, warning, info or debug"},
     Variable{"TREEATTN_NVRTC", "the NVRTC library, or the folder that holds it"},
     Variable{"TREEATTN_LIBCUDA", "the CUDA driver library"},

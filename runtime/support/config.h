@@ -29,7 +29,7 @@ struct Config {
   std::vector<std::string> cache_path;  ///< TREEATTN_CACHE_PATH: read-only roots, searched first
   JitPolicy jit = JitPolicy::kAuto;     ///< TREEATTN_JIT = auto | off | force
   CaptureMiss capture_miss = CaptureMiss::kLoad;  ///< TREEATTN_CAPTURE_MISS = load | error
-  FamilyChoice family = FamilyChoice::kSm80;      ///< TREEATTN_FAMILY = auto | sm80
+  FamilyChoice family = FamilyChoice::kAuto;      ///< TREEATTN_FAMILY = auto | sm80
   LogLevel log_level = LogLevel::kWarning;        ///< TREEATTN_LOG = error | warning | info | debug
   std::string nvrtc_path;                         ///< TREEATTN_NVRTC: library file or its folder
   std::string driver_path;                        ///< TREEATTN_LIBCUDA: library file

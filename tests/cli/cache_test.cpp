@@ -142,6 +142,32 @@ TEST_F(CliCache, ExplainSaysWhereItLookedAndWhatToDo) {
   EXPECT_TRUE(contains(cli_.run({"cache", "explain", "plan/sm80@sm_80"}).out, "looked at"));
 }
 
+TEST_F(CliCache, ExplainSaysWhenAKernelOfTheSm90FamilyIsNotUsed) {
+  const auto explain = [&](const char* spec) {
+    return cli_.run({"cache", "explain", spec, "--json"}).json();
+  };
+  const auto use = [](const nlohmann::json& json) { return json["used"].get<std::string>(); };
+  nlohmann::json json = explain("fwd/sm90@sm_90a/bf16/d128v128");
+  EXPECT_EQ(json["other_strides"], "fwd/sm80@sm_90/bf16/d128v128/m128n64s2w4");
+  EXPECT_TRUE(contains(use(json), "not for q, k or v with a zero or negative token stride"));
+  EXPECT_TRUE(contains(use(json), "fwd/sm80@sm_90/bf16/d128v128/m128n64s2w4 is used then"));
+  const std::string text = cli_.run({"cache", "explain", "fwd/sm90@sm_90a/bf16/d128v128"}).out;
+  EXPECT_TRUE(contains(text, "used      on compute capability 9.0")) << text;
+
+  json = explain("fwd/sm90@sm_90a/bf16/d64v64");
+  EXPECT_TRUE(json["other_strides"].is_null());
+  EXPECT_TRUE(contains(use(json), "TREEATTN_FAMILY=sm80"));
+
+  const char* const other_tile = "fwd/sm90@sm_90a/bf16/d128v128/m128n96s2w8b32";
+  json = explain(other_tile);
+  EXPECT_TRUE(contains(use(json), "by calls that name it; it refuses"));
+  EXPECT_FALSE(json.contains("other_strides"));
+  EXPECT_FALSE(explain("fwd/sm80@sm_90/bf16/d128v128").contains("used"));
+  cli_.set("TREEATTN_FAMILY", "sm80");
+  EXPECT_TRUE(contains(use(explain("fwd/sm90@sm_90a/bf16/d128v128")),
+                       "by calls that name it, under TREEATTN_FAMILY=sm80"));
+}
+
 TEST_F(CliCache, BadArgumentsAreNamed) {
   expect_usage_error(cli_.run({"cache", "prune", "--older-than", "soon"}),
                      {"--older-than", "'soon'", "30d"});

@@ -1,6 +1,7 @@
 #include <gtest/gtest.h>
 #include <sys/stat.h>
 
+#include <algorithm>
 #include <chrono>
 #include <csignal>
 #include <filesystem>
@@ -78,6 +79,36 @@ TEST(CliPrecompile, ListsEveryCombinationOnce) {
   // 2 plan kernels, then 2 targets x 2 dtypes x 2 pairs of head dims, with and without softcap.
   EXPECT_EQ(json["kernels"].size(), 2u + 2 * 2 * 2 * 2);
   EXPECT_EQ(json["failed"], json["kernels"].size());
+}
+
+// A GPU of compute capability 9.0 needs kernels of two families and two targets.
+TEST(CliPrecompile, ATargetMeansWhatItsGpusRun) {
+  Cli cli;
+  const auto specs = [&](const std::string& arch) {
+    std::vector<std::string> names;
+    const nlohmann::json json =
+        cli.without_nvrtc()
+            .run({"precompile", "--arch", arch, "--head-dim", "64", "--pass", "fwd,bwd", "--json"})
+            .json();
+    for (const auto& kernel : json["kernels"]) {
+      const auto spec = kernel["spec"].get<std::string>();
+      names.push_back(spec.substr(0, spec.find("/bf16")));
+    }
+    return names;
+  };
+  using Names = std::vector<std::string>;
+  const Names hopper{"plan/sm80@sm_90", "fwd/sm90@sm_90a", "bwd/sm80@sm_90", "bwd_dq/sm80@sm_90"};
+  const Names plain{"plan/sm80@sm_90", "fwd/sm80@sm_90", "bwd/sm80@sm_90", "bwd_dq/sm80@sm_90"};
+  EXPECT_EQ(specs("sm_90"), hopper);
+  EXPECT_EQ(specs("sm_90a"), hopper);
+  EXPECT_EQ(specs("sm_90,sm_90a"), hopper);
+  const Names all = specs("all");
+  for (const char* forward : {"fwd/sm90@sm_90a", "fwd/sm80@sm_90", "fwd/sm80@sm_120"}) {
+    EXPECT_EQ(std::count(all.begin(), all.end(), forward), 1) << forward;
+  }
+  cli.set("TREEATTN_FAMILY", "sm80");
+  EXPECT_EQ(specs("sm_90"), plain);
+  EXPECT_EQ(specs("sm_90a"), hopper);
 }
 
 TEST(CliPrecompile, FailsOnceAndClearlyWithoutNvrtc) {

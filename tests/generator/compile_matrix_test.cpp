@@ -10,6 +10,7 @@
 #include <tuple>
 #include <vector>
 
+#include "generator/arch.h"
 #include "generator/generate.h"
 #include "generator/launch_bounds.h"
 #include "generator/tile_space.h"
@@ -85,6 +86,29 @@ INSTANTIATE_TEST_SUITE_P(Targets, CompileMatrixSlow,
 // No spills, and neither serialised wgmma nor an ignored setmaxnreg: those fail the compilation.
 INSTANTIATE_TEST_SUITE_P(Sm90Family, CompileMatrixSlow,
                          ::testing::Values(PassAndTarget{Pass::kForward, "sm_90a"}), point_name);
+
+// What runs in place of the sm90 family's defaults where strides rule them out.
+TEST(CompileSlow, KernelsForOtherStridesCompileWithoutSpills) {
+  if (!has_nvrtc()) GTEST_SKIP() << "no NVRTC on this machine";
+  std::vector<KernelSpec> specs;
+  for (const KernelSpec& usual : default_specs(Pass::kForward, kSm90Target)) {
+    if (usual.problem.dtype != KernelDType::kBF16) continue;
+    const PlanView view{usual.tile.block_m, usual.tile.view_block_n()};
+    Problem problem = usual.problem;
+    problem.family = Family::kSm80;
+    problem.target.arch_specific = false;
+    const auto tile = sm80_tile_for_views(problem, {&view, 1});
+    if (tile && *tile != default_tile(problem)) specs.push_back({problem, *tile});
+  }
+  ASSERT_FALSE(specs.empty());
+  for (const Compiled& compiled : compile_all(specs)) {
+    const std::string text = to_string(compiled.spec);
+    ASSERT_TRUE(compiled.result.artifact) << text << ": " << compiled.result.failure;
+    for (const EntryFacts& facts : compiled.result.artifact->entries) {
+      EXPECT_EQ(facts.spill_bytes, 0) << text;
+    }
+  }
+}
 
 // Targets that run other specs' code paths or are newer than any GPU this was measured on.
 TEST(CompileSlow, OtherTargetsAndSoftcapCompile) {

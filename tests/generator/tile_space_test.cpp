@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <set>
 #include <string>
+#include <vector>
 
 #include "generator/arch.h"
 #include "generator/launch_bounds.h"
@@ -115,6 +116,56 @@ TEST(TileSpace, SmallSharedMemoryGetsSmallerTilesRatherThanNone) {
             forward_config({large, default_tile(large)}).smem_bytes());
 }
 
+/// The view that a plan of the sm90 family holds for its default tile.
+PlanView sm90_view(int head_dim, int head_dim_v) {
+  const TileConfig tile = default_tile(sm90_problem(head_dim, head_dim_v));
+  return {tile.block_m, tile.view_block_n()};
+}
+
+// Its 192 rows are no multiple of what two, four or eight warps own.
+TEST(TileSpace, AllButSmallHeadsOfTheSm80FamilyWalkAViewOfTheSm90Family) {
+  for (int head_dim = 16; head_dim <= 256; head_dim += 8) {
+    for (int head_dim_v = 16; head_dim_v <= 256; head_dim_v += 8) {
+      const PlanView view = sm90_view(head_dim, head_dim_v);
+      const Problem p = problem(head_dim, head_dim_v);
+      const auto tile = sm80_tile_for_views(p, {&view, 1});
+      EXPECT_EQ(tile.has_value(), std::max(head_dim, head_dim_v) > 64) << to_string(p);
+      if (!tile) continue;
+      EXPECT_EQ(reason(p, *tile), "") << to_string(p);
+      EXPECT_EQ(tile->block_m, view.block_m);
+      EXPECT_EQ(tile->block_n, view.block_n);
+    }
+  }
+}
+
+TEST(TileSpace, SmallHeadsOfTheSm80FamilyWalkBackwardsViews) {
+  for (int head_dim = 16; head_dim <= 64; head_dim += 8) {
+    for (int head_dim_v = 16; head_dim_v <= 64; head_dim_v += 8) {
+      std::vector<PlanView> views{sm90_view(head_dim, head_dim_v)};
+      for (const Pass pass : {Pass::kBackward, Pass::kBackwardDq}) {
+        Problem p = problem(head_dim, head_dim_v);
+        p.pass = pass;
+        const TileConfig tile = default_tile(p);
+        views.push_back({tile.block_m, tile.block_n});
+      }
+      EXPECT_TRUE(sm80_tile_for_views(problem(head_dim, head_dim_v), views));
+    }
+  }
+}
+
+TEST(TileSpace, TheTileForViewsIsTheDefaultWhereItCanBe) {
+  const Problem p = problem(128, 128);
+  const TileConfig usual = default_tile(p);
+  const PlanView other{64, 128};
+  const std::vector<PlanView> both{other, {usual.block_m, usual.block_n}};
+  EXPECT_EQ(sm80_tile_for_views(p, both), usual);
+  const auto second = sm80_tile_for_views(p, {&other, 1});
+  ASSERT_TRUE(second);
+  EXPECT_EQ(second->block_m, 64);
+  EXPECT_EQ(second->block_n, 128);
+  EXPECT_EQ(sm80_tile_for_views(p, {}), std::nullopt);
+}
+
 TEST(TileSpace, HeadDimsAreRefusedWithTheirValue) {
   EXPECT_EQ(refuse_problem(problem(128, 128)), std::nullopt);
   EXPECT_THAT(refuse_problem(problem(100, 128)).value_or(""), HasSubstr("head_dim is 100"));
@@ -170,6 +221,12 @@ TEST(Arch, DevicesGetTheirTarget) {
   EXPECT_EQ(target_for_device(8, 6), (Target{86, false}));
   EXPECT_EQ(target_for_device(9, 0), (Target{90, false}));
   EXPECT_THROW(target_for_device(7, 5), Error);
+}
+
+TEST(Arch, HopperIsDescribedByBothOfItsTargets) {
+  EXPECT_EQ(describe_targets({86, false}), "sm_86");
+  EXPECT_EQ(describe_targets({90, false}), "sm_90");
+  EXPECT_EQ(describe_targets(kSm90Target), "sm_90a (forward) and sm_90 (backward, plan)");
 }
 
 TEST(Arch, TargetsNewerThanTheTableGetTheLimitsBelowThem) {

@@ -12,6 +12,9 @@
 
 #include "generator/arch.h"
 #include "generator/kernel_spec.h"
+#include "generator/tile_space.h"
+#include "runtime/attention/arguments.h"
+#include "runtime/attention/plan.h"
 #include "tests/gpu/forward_bar.h"
 #include "tests/support/device_case.h"
 #include "treeattn/error.h"
@@ -225,7 +228,7 @@ std::string message_of(Call&& call) {
 }
 
 TEST_F(EngineOnGpu, BadArgumentsAreNamedBeforeAnythingIsLaunched) {
-  RandomCase c = sizeable(64);
+  RandomCase c = sizeable(128);
   const DeviceCase on(c, false);
   const auto launches = gpu_engine().stats().launches;
   const auto refusal = [&](auto&& change) {
@@ -240,16 +243,26 @@ TEST_F(EngineOnGpu, BadArgumentsAreNamedBeforeAnythingIsLaunched) {
       refusal([](ForwardArgs& a) { a.q.data = static_cast<const std::byte*>(a.q.data) + 2; }),
       HasSubstr("q.data"));
   EXPECT_THAT(refusal([](ForwardArgs& a) { a.k.token_stride += 1; }), HasSubstr("k.token_stride"));
-  EXPECT_THAT(refusal([](ForwardArgs& a) { a.spec = "fwd/sm80@sm_80/bf16/d64v64"; }),
+  EXPECT_THAT(refusal([](ForwardArgs& a) { a.spec = "fwd/sm80@sm_80/f16/d128v128"; }),
               HasSubstr("does not fit"));
   EXPECT_THAT(refusal([](ForwardArgs& a) { a.spec = "fwd/sm80"; }), HasSubstr("fwd/sm80"));
   const DeviceInfo& device = device_info(0);
   const std::string other_tile = "fwd/sm80@" +
                                  to_string(target_for_device(device.major, device.minor)) +
-                                 "/bf16/d64v64/m64n16s1w4";
+                                 "/bf16/d128v128/m64n16s1w4";
   EXPECT_THAT(refusal([&](ForwardArgs& a) { a.spec = other_tile; }),
               HasSubstr("holds no tile lists for 64x16 tiles"));
-  EXPECT_THAT(refusal([](ForwardArgs& a) { a.head_dim = a.head_dim_v = 256; }),
+  // A smaller head, whose strides are good, with other tiles.
+  const auto held = [&](int dim) {
+    Shape shape = shape_of_case(c, false);
+    shape.head_dim = shape.head_dim_v = dim;
+    const TileConfig tile = default_tile(problem_for(Pass::kForward, shape, kernel_target(device)));
+    return find_view(to_plan_shape(on.plan()), tile.block_m, tile.view_block_n()) >= 0;
+  };
+  int other_dim = 16;
+  while (held(other_dim)) other_dim += 8;
+  ASSERT_LT(other_dim, c.head_dim);
+  EXPECT_THAT(refusal([&](ForwardArgs& a) { a.head_dim = a.head_dim_v = other_dim; }),
               HasSubstr("the plan holds no tile lists"));
   EXPECT_EQ(gpu_engine().stats().launches, launches);
 }

@@ -50,6 +50,7 @@ TEST_F(ConfigTest, WithoutAnyVariableEverythingIsDefault) {
   EXPECT_THAT(config.cache_path, IsEmpty());
   EXPECT_EQ(config.jit, JitPolicy::kAuto);
   EXPECT_EQ(config.capture_miss, CaptureMiss::kLoad);
+  EXPECT_EQ(config.family, FamilyChoice::kAuto);
   EXPECT_EQ(config.log_level, LogLevel::kWarning);
   EXPECT_EQ(config.nvrtc_path + config.driver_path + config.dump_dir + config.template_dir, "");
   EXPECT_THAT(config.problems, IsEmpty());
@@ -106,32 +107,35 @@ TEST_F(ConfigTest, ParsesEveryChoice) {
   set("TREEATTN_JIT", "off");
   set("TREEATTN_CAPTURE_MISS", "error");
   set("TREEATTN_LOG", "debug");
-  set("TREEATTN_FAMILY", "auto");
+  set("TREEATTN_FAMILY", "sm80");
   Config config = Config::from_environment();
   EXPECT_EQ(config.jit, JitPolicy::kOff);
   EXPECT_EQ(config.capture_miss, CaptureMiss::kError);
   EXPECT_EQ(config.log_level, LogLevel::kDebug);
-  EXPECT_EQ(config.family, FamilyChoice::kAuto);
+  EXPECT_EQ(config.family, FamilyChoice::kSm80);
   set("TREEATTN_JIT", "force");
   set("TREEATTN_CAPTURE_MISS", "load");
   set("TREEATTN_LOG", "error");
-  set("TREEATTN_FAMILY", "sm80");
+  set("TREEATTN_FAMILY", "auto");
   config = Config::from_environment();
   EXPECT_EQ(config.jit, JitPolicy::kForce);
   EXPECT_EQ(config.capture_miss, CaptureMiss::kLoad);
   EXPECT_EQ(config.log_level, LogLevel::kError);
-  EXPECT_EQ(config.family, FamilyChoice::kSm80);
+  EXPECT_EQ(config.family, FamilyChoice::kAuto);
   EXPECT_THAT(config.problems, IsEmpty());
 }
 
 TEST_F(ConfigTest, ABadChoiceKeepsTheDefaultAndIsListed) {
   set("TREEATTN_JIT", "on");
+  set("TREEATTN_FAMILY", "sm90");
   set("TREEATTN_LOG", "Info");
   const Config config = Config::from_environment();
   EXPECT_EQ(config.jit, JitPolicy::kAuto);
+  EXPECT_EQ(config.family, FamilyChoice::kAuto);
   EXPECT_EQ(config.log_level, LogLevel::kWarning);
   EXPECT_THAT(config.problems,
               ElementsAre("TREEATTN_JIT='on' is not one of auto, off, force; using auto",
+                          "TREEATTN_FAMILY='sm90' is not one of auto, sm80; using auto",
                           "TREEATTN_LOG='Info' is not one of error, warning, info, debug; using "
                           "warning"));
 }

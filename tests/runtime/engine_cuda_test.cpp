@@ -16,6 +16,7 @@
 #include "generator/arch.h"
 #include "generator/tile_space.h"
 #include "runtime/attention/arguments.h"
+#include "runtime/attention/forward.h"
 #include "runtime/attention/plan_cpu.h"
 #include "runtime/cuda/device.h"
 #include "runtime/support/config.h"
@@ -44,7 +45,7 @@ class PrivateCache : public ::testing::Environment {
   PrivateCache() {
     setenv("TREEATTN_CACHE_DIR", dir_.path().c_str(), 1);
     for (const char* name : {"TREEATTN_CACHE_PATH", "TREEATTN_JIT", "TREEATTN_CAPTURE_MISS",
-                             "TREEATTN_DUMP", "TREEATTN_TEMPLATE_DIR"}) {
+                             "TREEATTN_DUMP", "TREEATTN_TEMPLATE_DIR", "TREEATTN_FAMILY"}) {
       unsetenv(name);
     }
   }
@@ -90,11 +91,8 @@ class CudaEngine : public ::testing::Test {
   }
 
   static Shape shape(int dim) { return {DType::kBF16, 4, 2, dim}; }
-  static KernelSpec spec(int dim) {
-    Problem problem;
-    problem.target = Target{90, false};
-    problem.head_dim = problem.head_dim_v = static_cast<std::uint16_t>(dim);
-    return default_spec(problem);
+  static KernelSpec spec(int dim, Target target = kSm90Target) {
+    return default_spec(problem_for(Pass::kForward, shape(dim), target));
   }
   Plan plan_for(const Engine& engine, int dim) const {
     const Shape one = shape(dim);
@@ -136,10 +134,17 @@ std::string refusal(Call&& call) {
 TEST_F(CudaEngine, SaysWhatItRunsOn) {
   const Engine engine;
   EXPECT_EQ(engine.kind(), EngineKind::kCuda);
-  EXPECT_EQ(engine.description(), "Fake GPU (compute capability 9.0, 132 SMs), kernels for sm_90");
+  EXPECT_EQ(engine.description(),
+            "Fake GPU (compute capability 9.0, 132 SMs), kernels for sm_90a (forward) and sm_90 "
+            "(backward, plan)");
+  driver_.devices[1].major = 8;
+  driver_.make_current(driver_.context(1));
+  EXPECT_EQ(Engine().description(),
+            "Fake GPU (compute capability 8.0, 132 SMs), kernels for sm_80");
 }
 
 TEST_F(CudaEngine, ForwardIsOneLaunchOnTheStream) {
+  driver_.devices[0].major = 8;
   Engine engine;
   const Plan plan = plan_for(engine, 64);
   driver_.launch_params_bytes = sizeof(ForwardParams);
@@ -147,13 +152,13 @@ TEST_F(CudaEngine, ForwardIsOneLaunchOnTheStream) {
   const auto launches = driver_.launches();
   ASSERT_THAT(launches, SizeIs(1));
   const FakeDriver::Launch& seen = launches[0];
-  EXPECT_THAT(seen.entry, HasSubstr("fwd"));
-  EXPECT_THAT(seen.entry, HasSubstr("d64v64"));
+  const TileConfig tile = spec(64, Target{80, false}).tile;
+  EXPECT_THAT(seen.entry, HasSubstr("fwd_sm80_bf16_d64v64"));
   EXPECT_EQ(seen.config.hStream, stream());
   EXPECT_EQ(seen.context, driver_.context(0));
-  EXPECT_EQ(seen.config.blockDimX, spec(64).tile.warps * 32U);
+  EXPECT_EQ(seen.config.blockDimX, tile.warps * 32U);
   EXPECT_EQ(seen.config.gridDimX % 4, 0U);
-  EXPECT_GE(seen.config.gridDimX, kTotal / spec(64).tile.block_m * 4U);
+  EXPECT_GE(seen.config.gridDimX, kTotal / tile.block_m * 4U);
   EXPECT_LE(static_cast<int>(seen.config.sharedMemBytes), driver_.smem_limit(seen.entry, 0));
   ForwardParams params{};
   std::memcpy(&params, seen.params.data(), sizeof params);
@@ -217,7 +222,8 @@ TEST_F(CudaEngine, OnePlanServesEveryHeadDim) {
   const Plan plan = engine.plan_for(kTotal, kTotal, 1, shapes);
   for (const Shape& each : shapes) {
     const TileConfig tile = spec(each.head_dim).tile;
-    EXPECT_GE(find_view(to_plan_shape(plan), tile.block_m, tile.block_n), 0) << each.head_dim;
+    EXPECT_GE(find_view(to_plan_shape(plan), tile.block_m, tile.view_block_n()), 0)
+        << each.head_dim;
   }
 }
 
@@ -312,9 +318,88 @@ TEST_F(CudaEngine, Sm90KernelsGetTensorMapsAndAPersistentGrid) {
 
   a.k.token_stride = 0;
   EXPECT_THAT(refusal([&] { engine.forward(a); }), HasSubstr("k has token stride 0 and head"));
+  EXPECT_THAT(driver_.launches(), SizeIs(2));
+}
+
+TEST_F(CudaEngine, StridesThatNoTensorMapHoldsRunTheSm80Family) {
+  Engine engine;
+  constexpr int kDim = 128;
+  const Plan plan = plan_for(engine, kDim);
   driver_.launch_params_bytes = sizeof(ForwardParams);
-  a.spec = {};
+  using Change = void (*)(ForwardArgs&);
+  for (const Change change : {Change([](ForwardArgs& a) { a.k.token_stride = 0; }),
+                              Change([](ForwardArgs& a) { a.q.token_stride = 0; }),
+                              Change([](ForwardArgs& a) { a.v.token_stride *= -1; }),
+                              Change([](ForwardArgs& a) { a.v.head_stride *= -1; })}) {
+    ForwardArgs a = args(plan, kDim);
+    change(a);
+    a.workspace = nullptr;  // only the sm90 family has a use for it
+    engine.forward(a, stream());
+    const FakeDriver::Launch seen = driver_.launches().back();
+    EXPECT_THAT(seen.entry, HasSubstr("fwd_sm80_bf16_d128v128_m128n64"));
+    EXPECT_EQ(seen.config.hStream, stream());
+    ForwardParams params{};
+    std::memcpy(&params, seen.params.data(), sizeof params);
+    EXPECT_EQ(params.q_token_stride, a.q.token_stride);
+    EXPECT_EQ(params.k_token_stride, a.k.token_stride);
+    EXPECT_EQ(params.v_token_stride, a.v.token_stride);
+    EXPECT_EQ(params.v_head_stride, a.v.head_stride);
+  }
+  EXPECT_THAT(driver_.launches(), SizeIs(4));
+  EXPECT_THAT(driver_.tensor_maps(), IsEmpty());
+
+  driver_.launch_params_bytes = 0;
+  engine.forward(args(plan, kDim));
+  EXPECT_THAT(driver_.launches().back().entry, HasSubstr("fwd_sm90_bf16_d128v128"));
+  // One token has no stride to speak of.
+  const Shape one = shape(kDim);
+  const Plan short_plan = engine.plan_for(kTotal, 1, 1, {&one, 1});
+  ForwardArgs a = args(short_plan, kDim);
+  a.k.token_stride = 0;
+  engine.forward(a);
+  EXPECT_THAT(driver_.launches().back().entry, HasSubstr("fwd_sm90_bf16_d128v128"));
+}
+
+TEST_F(CudaEngine, TheSm80FamilyWalksTheViewThatThePlanHolds) {
+  Engine engine;
+  const auto entry_for = [&](int dim, bool backward) {
+    Shape one = shape(dim);
+    one.backward = backward;
+    const Plan plan = engine.plan_for(kTotal, kTotal, 1, {&one, 1});
+    ForwardArgs a = args(plan, dim);
+    a.k.token_stride = a.v.token_stride = 0;
+    engine.forward(a);
+    return driver_.launches().back().entry;
+  };
+  // Not the sm80 family's default there: that has 64 rows.
+  EXPECT_THAT(entry_for(256, false), HasSubstr("fwd_sm80_bf16_d256v256_m128n64"));
+  // Backward's tile lists do as well.
+  EXPECT_THAT(entry_for(64, true), HasSubstr("fwd_sm80_bf16_d64v64_m128n128"));
+}
+
+TEST_F(CudaEngine, StridesThatNoKernelCanReadWithThisPlanAreNamed) {
+  Engine engine;
+  const Plan plan = plan_for(engine, 64);
+  ForwardArgs a = args(plan, 64);
+  a.v.token_stride = -128;
+  try {
+    engine.forward(a);
+    FAIL() << "accepted";
+  } catch (const Error& error) {
+    EXPECT_EQ(error.code(), ErrorCode::kUnsupported);
+    EXPECT_THAT(error.what(), HasSubstr("v has token stride -128 and head stride 64"));
+    EXPECT_THAT(error.what(), HasSubstr("expected a positive token stride"));
+    EXPECT_THAT(error.what(), HasSubstr("tile lists for 192x64 tiles"));
+    EXPECT_THAT(error.hint(), HasSubstr("copy the tensor"));
+    EXPECT_THAT(error.hint(), HasSubstr("TREEATTN_FAMILY=sm80"));
+  }
+  EXPECT_THAT(driver_.launches(), IsEmpty());
+  // Without rows there is nothing to read.
+  const Shape one = shape(64);
+  const Plan empty = engine.plan_for(0, kTotal, 1, {&one, 1});
+  a.plan = &empty;
   EXPECT_EQ(refusal([&] { engine.forward(a); }), "accepted");
+  EXPECT_THAT(driver_.launches(), IsEmpty());
 }
 
 TEST_F(CudaEngine, TheFamilyIsTheDevicesOrTheOneChosen) {
@@ -429,14 +514,19 @@ TEST_F(CudaEngine, APreparedKernelIsCapturedWithoutAWord) {
 
 TEST_F(CudaEngine, HotCallsNeitherAllocateNorWaitNorLoad) {
   Engine engine;
-  const Plan plan = plan_for(engine, 64);
+  // The larger head dim's default tile comes after others that do not fit it.
+  const std::vector<Shape> shapes{shape(64), shape(256)};
+  const Plan plan = engine.plan_for(kTotal, kTotal, 1, shapes);
   const ForwardArgs a = args(plan, 64);
+  const ForwardArgs large = args(plan, 256);
+  ForwardArgs strided = large;
+  strided.k.token_stride = 0;
   PlanInputs inputs;
   inputs.lowering = Lowering::kFull;
   inputs.cu_seqlens_q = inputs.cu_seqlens_k = reinterpret_cast<const std::int32_t*>(memory_);
   auto* buffer = reinterpret_cast<std::int32_t*>(memory_);
   engine.build_plan(plan, inputs, buffer);
-  engine.forward(a);
+  for (const ForwardArgs& each : {a, large, strided}) engine.forward(each);
   DriverTable& d = driver_.table;
   forbidden_calls = 0;
   d.cuMemAlloc = forbid(d.cuMemAlloc);
@@ -452,6 +542,7 @@ TEST_F(CudaEngine, HotCallsNeitherAllocateNorWaitNorLoad) {
   d.cuLibraryLoadData = forbid(d.cuLibraryLoadData);
   d.cuKernelSetAttribute = forbid(d.cuKernelSetAttribute);
   d.cuDeviceGetAttribute = forbid(d.cuDeviceGetAttribute);
+  d.cuTensorMapEncodeTiled = [](CUtensorMap*, auto...) { return CUDA_SUCCESS; };
   static std::atomic<int> launches{0};
   launches = 0;
   d.cuLaunchKernelEx = [](const CUlaunchConfig*, CUfunction, void**, void**) {
@@ -461,6 +552,8 @@ TEST_F(CudaEngine, HotCallsNeitherAllocateNorWaitNorLoad) {
   const auto calls = [&] {
     engine.build_plan(plan, inputs, buffer, stream());
     engine.forward(a, stream());
+    engine.forward(large, stream());
+    engine.forward(strided, stream());
   };
 // AddressSanitizer minds which operator new belongs to which delete; the counter replaces some.
 #if defined(__SANITIZE_ADDRESS__)
@@ -468,7 +561,7 @@ TEST_F(CudaEngine, HotCallsNeitherAllocateNorWaitNorLoad) {
 #else
   EXPECT_EQ(test::count_allocations(calls), 0);
 #endif
-  EXPECT_EQ(launches, 5);
+  EXPECT_EQ(launches, 4 + 3);
   EXPECT_EQ(forbidden_calls, 0);
 }
 

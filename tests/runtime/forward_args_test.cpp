@@ -368,6 +368,31 @@ TEST(ForwardLaunchTest, MoreBlocksThanAGridHoldsAreRefused) {
   }
 }
 
+TEST(StridesTest, TheFirstTensorThatNoMapHoldsIsNamed) {
+  Fixture f;
+  const PlanShape plan = check_forward(f.args, true);
+  const auto maps = [&] {
+    return forward_tensor_maps(f.args, plan, parse_kernel_spec("fwd/sm90@sm_90a/bf16/d64v128"));
+  };
+  EXPECT_TRUE(maps().fit());
+  f.args.v.head_stride = -128;
+  EXPECT_FALSE(maps().fit());
+  EXPECT_THAT(describe_misfit(maps()), HasSubstr("v has token stride 256 and head stride -128"));
+  f.args.q.token_stride = 0;
+  EXPECT_THAT(describe_misfit(maps()), HasSubstr("q has token stride 0 and head stride 64"));
+}
+
+TEST(StridesTest, TheOtherKernelIsForTheSameProblem) {
+  const Fixture f;
+  const PlanShape plan = to_plan_shape(f.plan);
+  const KernelSpec sm90 = parse_kernel_spec("fwd/sm90@sm_90a/bf16/d64v128/softcap");
+  const auto other = strided_spec(sm90.problem, plan);
+  ASSERT_TRUE(other);
+  EXPECT_EQ(*other, Fixture::spec(true));
+  const PlanShape nothing{};
+  EXPECT_EQ(strided_spec(sm90.problem, nothing), std::nullopt);
+}
+
 TEST(PlanLaunchTest, GridsFollowTheTotalsUpToWhatFillsTheDevice) {
   PlanShape shape{};
   shape.num_views = 2;
