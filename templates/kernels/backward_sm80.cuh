@@ -231,12 +231,12 @@ __device__ __forceinline__ void add_dq(const Place& at, float* dq, int row0, int
   if constexpr (kConfig.bulk_dq) {
     const u32 stage = at.smem + kConfig.dq_offset();
     put_rows<kDqRows, kDqPairs>(c, row, rows, pairs, [&](int i, int n, const Float4& v) {
-      const int place = kConfig.dq_place(row0 + i, pair0 + n);
+      const int place = kConfig.dq_place(kDim, row0 + i, pair0 + n);
       st_shared_float4(stage + (i * kDim + place * 16 + lane) * 4, v);
     });
   } else {
     put_rows<kDqRows, kDqPairs>(c, row, rows, pairs, [&](int i, int n, const Float4& v) {
-      const int place = kConfig.dq_place(row0 + i, pair0 + n);
+      const int place = kConfig.dq_place(kDim, row0 + i, pair0 + n);
       red_add_float4(dq + static_cast<i64>(i) * kDim + place * 16 + lane, v);
     });
   }
