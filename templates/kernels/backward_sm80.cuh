@@ -6,10 +6,11 @@
 //           V stay in shared memory, dK and dV in registers; the block walks the query rows that
 //           its keys' intervals span, [min_first, max_last], for each query head in turn. Blocks
 //           are ordered heavy tiles first.
-// Steps     S = Q K^T; P = exp2(S - lse) with the interval test in partial steps only; dP = dO V^T;
-//           dS = P (dP - delta); P and dS go through shared memory (they change from accumulators
-//           to A operands); dV += P^T dO; dK += dS^T Q; dQ = dS K is added to a float32 accumulator
-//           in global memory, which another kernel scales and converts.
+// Steps     S = Q K^T, in partial steps with the interval test; P = exp2(S - lse) in between the
+// MMAs
+//           of dP = dO V^T; dS = P (dP - delta); P and dS go through shared memory (they change
+//           from accumulators to A operands); dV += P^T dO; dK += dS^T Q; dQ = dS K is added to a
+//           float32 accumulator in global memory, which another kernel scales and converts.
 // Pipeline  stages = 2: Q, dO, lse and delta of step i+1 are in flight during step i;
 //             wait(i) barrier load(i+1) S P dP -> P, dS | barrier | dV dK dQ
 //           stages = 1: loads follow the last use, after one more barrier.
@@ -93,11 +94,15 @@ __device__ __forceinline__ void clear(float (&c)[kTiles][kPairs * 2][4], float t
   }
 }
 
+struct Nothing {
+  __device__ __forceinline__ void operator()(int /*step*/) const {}
+};
+
 /// c += A B over kSteps 16-deep steps. `load_a` and `load_b` fetch operands by step and tile; of B,
-/// `pairs` 16-wide tiles exist.
-template <int kSteps, int kTiles, int kPairs, class LoadA, class LoadB>
+/// `pairs` 16-wide tiles exist. `beside(step)` is work of other units, dealt out over the steps.
+template <int kSteps, int kTiles, int kPairs, class LoadA, class LoadB, class Beside = Nothing>
 __device__ __forceinline__ void multiply(float (&c)[kTiles][kPairs * 2][4], int pairs, LoadA load_a,
-                                         LoadB load_b) {
+                                         LoadB load_b, Beside beside = {}) {
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
     u32 a[kTiles][4];
@@ -117,6 +122,7 @@ __device__ __forceinline__ void multiply(float (&c)[kTiles][kPairs * 2][4], int 
         }
       }
     }
+    beside(step);
   }
 }
 
@@ -142,9 +148,9 @@ struct Place {
 };
 
 /// c = X Y^T for this warp's rows and keys; X has row tiles of the step, Y the block's keys.
-template <class Rows, int kSteps>
+template <class Rows, int kSteps, class Beside = Nothing>
 __device__ __forceinline__ void scores(float (&c)[kScoreRows][kScorePairs * 2][4], const Place& at,
-                                       u32 x, u32 y) {
+                                       u32 x, u32 y, Beside beside = {}) {
   clear<kScoreRows, kScorePairs>(c);
   const u32 a_lane = Rows::lane_address(x, at.score_row() + row_a(at.lane), half_a(at.lane));
   const u32 b_lane = Rows::lane_address(y, at.score_key() + row_b(at.lane), half_b(at.lane));
@@ -155,7 +161,8 @@ __device__ __forceinline__ void scores(float (&c)[kScoreRows][kScorePairs * 2][4
       },
       [&](u32(&b)[4], int step, int n) {
         ldmatrix_x4(b, Rows::at(b_lane, step * 2) + n * 16 * Rows::kRowBytes);
-      });
+      },
+      beside);
 }
 
 /// c += P^T X for this warp's keys and half of the dims: P [rows][keys] and X [rows][dims] in
@@ -276,51 +283,62 @@ struct DqMail {
   }
 };
 
-/// Turns scores into P in place and writes it; the interval test runs in partial steps only.
-__device__ __forceinline__ void probabilities(float (&s)[kScoreRows][kScorePairs * 2][4],
-                                              float (&cap)[kScoreRows][kScorePairs * 2][4],
-                                              const Place& at, const BackwardParams& p, u32 stats,
-                                              int row0, bool full) {
+/// Gives pairs of a row and a key that do not see each other the value `hidden`.
+__device__ __forceinline__ void hide(float (&s)[kScoreRows][kScorePairs * 2][4], const Place& at,
+                                     int row0, float hidden) {
   const int row = row0 + static_cast<int>(at.score_row() + at.lane / 4);
   const u32 mask = at.smem + kConfig.mask_offset() + (at.score_key() + at.lane % 4 * 2) * 4;
 #pragma unroll
-  for (int m = 0; m < kScoreRows; ++m) {
+  for (int n = 0; n < kScorePairs * 2; ++n) {
+    const Int2 first = ld_shared_int2(mask + n * 8 * 4);
+    const Int2 len = ld_shared_int2(mask + (kN + n * 8) * 4);
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float lse = __int_as_float(
-          ld_shared_u32(stats + (at.score_row() + at.lane / 4 + m * 16 + r * 8) * 4));
+    for (int m = 0; m < kScoreRows; ++m) {
 #pragma unroll
-      for (int n = 0; n < kScorePairs * 2; ++n) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          float& x = s[m][n][r * 2 + e];
-          if constexpr (kConfig.softcap) {
-            const float t = tanh_exp2(x * p.softcap_in);
-            cap[m][n][r * 2 + e] = 1.0f - t * t;
-            x = t;
-          }
-          x = exp2_approx(fmaf(x, p.scale_log2, -lse));
-        }
-      }
-    }
-  }
-  if (!full) {
-#pragma unroll
-    for (int n = 0; n < kScorePairs * 2; ++n) {
-      const Int2 first = ld_shared_int2(mask + n * 8 * 4);
-      const Int2 len = ld_shared_int2(mask + (kN + n * 8) * 4);
-#pragma unroll
-      for (int m = 0; m < kScoreRows; ++m) {
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          const int i = row + m * 16 + r * 8;
-          if (static_cast<u32>(i - first.x) >= static_cast<u32>(len.x)) s[m][n][r * 2] = 0.0f;
-          if (static_cast<u32>(i - first.y) >= static_cast<u32>(len.y)) s[m][n][r * 2 + 1] = 0.0f;
-        }
+      for (int r = 0; r < 2; ++r) {
+        const int i = row + m * 16 + r * 8;
+        if (static_cast<u32>(i - first.x) >= static_cast<u32>(len.x)) s[m][n][r * 2] = hidden;
+        if (static_cast<u32>(i - first.y) >= static_cast<u32>(len.y)) s[m][n][r * 2 + 1] = hidden;
       }
     }
   }
 }
+
+/// Turns scores into P in place, a few of them at a time. Without softcap hidden scores are -inf by
+/// now; with it they become zero afterwards.
+struct Probabilities {
+  float (&s)[kScoreRows][kScorePairs * 2][4];
+  float (&cap)[kScoreRows][kScorePairs * 2][4];
+  const BackwardParams& p;
+  float lse[kScoreRows][2];
+
+  __device__ __forceinline__ void load(const Place& at, u32 stats) {
+#pragma unroll
+    for (int i = 0; i < kScoreRows * 2; ++i) {
+      lse[i / 2][i % 2] = __int_as_float(
+          static_cast<int>(ld_shared_u32(stats + (at.score_row() + at.lane / 4 + i * 8) * 4)));
+    }
+  }
+  /// The share of step `step` of kSteps.
+  template <int kSteps>
+  __device__ __forceinline__ void make(int step) {
+    constexpr int kAll = kScoreRows * kScorePairs * 8;
+#pragma unroll
+    for (int i = 0; i < kAll; ++i) {
+      if (i < step * kAll / kSteps || i >= (step + 1) * kAll / kSteps) continue;
+      const int m = i / (kScorePairs * 8);
+      const int n = i / 4 % (kScorePairs * 2);
+      const int e = i % 4;
+      float& x = s[m][n][e];
+      if constexpr (kConfig.softcap) {
+        const float t = tanh_exp2(x * p.softcap_in);
+        cap[m][n][e] = 1.0f - t * t;
+        x = t;
+      }
+      x = exp2_approx(fmaf(x, p.scale_log2, -lse[m][e / 2]));
+    }
+  }
+};
 
 /// Writes accumulators of [rows][keys] as 16-bit pairs.
 __device__ __forceinline__ void store_scores(const float (&s)[kScoreRows][kScorePairs * 2][4],
@@ -546,10 +564,16 @@ __device__ __forceinline__ void score_step(const BackwardParams& p, const Place&
   float cap[kScoreRows][kScorePairs * 2][4];
   float dp[kScoreRows][kScorePairs * 2][4];
   scores<QkRows, kDim / 16>(s, at, q, at.smem);
-  probabilities(s, cap, at, p, stats, row0,
-                tile_full(group_bounds(at.smem, at.group()), row0, row0 + rows - 1));
+  const bool full = tile_full(group_bounds(at.smem, at.group()), row0, row0 + rows - 1);
+  // Hidden before the exponentials, so that no branch stands between these and the next product.
+  if (!kConfig.softcap && !full) hide(s, at, row0, neg_infinity());
+  Probabilities to_p{s, cap, p, {}};
+  to_p.load(at, stats);
+  constexpr int kSteps = kDimV / 16;
+  scores<VRows, kSteps>(dp, at, dout, at.smem + kConfig.v_offset(),
+                        [&](int step) { to_p.template make<kSteps>(step); });
+  if (kConfig.softcap && !full) hide(s, at, row0, 0.0f);
   store_scores(s, at, at.smem + kConfig.p_offset());
-  scores<VRows, kDimV / 16>(dp, at, dout, at.smem + kConfig.v_offset());
 #pragma unroll
   for (int m = 0; m < kScoreRows; ++m) {
 #pragma unroll
