@@ -9,8 +9,9 @@
 // Steps     S = Q K^T, in partial steps with the interval test; P = exp2(S - lse) in between the
 // MMAs
 //           of dP = dO V^T; dS = P (dP - delta); P and dS go through shared memory (they change
-//           from accumulators to A operands); dV += P^T dO; dK += dS^T Q; dQ = dS K is added to a
-//           float32 accumulator in global memory, which another kernel scales and converts.
+//           from accumulators to A operands; by stmatrix from sm_90 on); dV += P^T dO; dK += dS^T
+//           Q; dQ = dS K is added to a float32 accumulator in global memory, which another kernel
+//           scales and converts.
 // Pipeline  stages = 2: Q, dO, lse and delta of step i+1 are in flight during step i;
 //             wait(i) barrier load(i+1) S P dP -> P, dS | barrier | dV dK dQ
 //           stages = 1: loads follow the last use, after one more barrier.
@@ -343,6 +344,22 @@ struct Probabilities {
 /// Writes accumulators of [rows][keys] as 16-bit pairs.
 __device__ __forceinline__ void store_scores(const float (&s)[kScoreRows][kScorePairs * 2][4],
                                              const Place& at, u32 to) {
+  if constexpr (kHasStmatrix) {
+    const u32 lane =
+        PRows::at(PRows::lane_address(to, at.score_row() + row_a(at.lane), half_a(at.lane)),
+                  at.score_key() / 8);
+#pragma unroll
+    for (int m = 0; m < kScoreRows; ++m) {
+#pragma unroll
+      for (int n = 0; n < kScorePairs; ++n) {
+        const float(&c0)[4] = s[m][n * 2];
+        const float(&c1)[4] = s[m][n * 2 + 1];
+        stmatrix_x4(PRows::at(lane, n * 2) + m * 16 * PRows::kRowBytes, pack2(c0[0], c0[1]),
+                    pack2(c0[2], c0[3]), pack2(c1[0], c1[1]), pack2(c1[2], c1[3]));
+      }
+    }
+    return;
+  }
 #pragma unroll
   for (int m = 0; m < kScoreRows; ++m) {
 #pragma unroll
