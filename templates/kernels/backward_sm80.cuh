@@ -8,10 +8,10 @@
 //           are ordered heavy tiles first.
 // Steps     S = Q K^T, in partial steps with the interval test; P = exp2(S - lse) in between the
 // MMAs
-//           of dP = dO V^T; dS = P (dP - delta); P and dS go through shared memory (they change
-//           from accumulators to A operands; by stmatrix from sm_90 on); dV += P^T dO; dK += dS^T
-//           Q; dQ = dS K is added to a float32 accumulator in global memory, which another kernel
-//           scales and converts.
+//           of dP = dO V^T - delta, which starts from -delta; dS = P dP; P and dS go through shared
+//           memory (they change from accumulators to A operands; by stmatrix from sm_90 on);
+//           dV += P^T dO; dK += dS^T Q; dQ = dS K is added to a float32 accumulator in global
+//           memory, which another kernel scales and converts.
 // Pipeline  stages = 2: Q, dO, lse and delta of step i+1 are in flight during step i;
 //             wait(i) barrier load(i+1) S P dP -> P, dS | barrier | dV dK dQ
 //           stages = 1: loads follow the last use, after one more barrier.
@@ -148,11 +148,23 @@ struct Place {
   __device__ __forceinline__ u32 group() const { return warp / 2; }
 };
 
-/// c = X Y^T for this warp's rows and keys; X has row tiles of the step, Y the block's keys.
+/// A number for each of the warp's rows that this thread holds.
+struct RowValues {
+  float of[kScoreRows][2];
+
+  __device__ __forceinline__ void load(const Place& at, u32 from) {
+#pragma unroll
+    for (int i = 0; i < kScoreRows * 2; ++i) {
+      of[i / 2][i % 2] = __int_as_float(
+          static_cast<int>(ld_shared_u32(from + (at.score_row() + at.lane / 4 + i * 8) * 4)));
+    }
+  }
+};
+
+/// c += X Y^T for this warp's rows and keys; X has row tiles of the step, Y the block's keys.
 template <class Rows, int kSteps, class Beside = Nothing>
 __device__ __forceinline__ void scores(float (&c)[kScoreRows][kScorePairs * 2][4], const Place& at,
                                        u32 x, u32 y, Beside beside = {}) {
-  clear<kScoreRows, kScorePairs>(c);
   const u32 a_lane = Rows::lane_address(x, at.score_row() + row_a(at.lane), half_a(at.lane));
   const u32 b_lane = Rows::lane_address(y, at.score_key() + row_b(at.lane), half_b(at.lane));
   multiply<kSteps, kScoreRows, kScorePairs>(
@@ -311,15 +323,8 @@ struct Probabilities {
   float (&s)[kScoreRows][kScorePairs * 2][4];
   float (&cap)[kScoreRows][kScorePairs * 2][4];
   const BackwardParams& p;
-  float lse[kScoreRows][2];
+  RowValues lse;
 
-  __device__ __forceinline__ void load(const Place& at, u32 stats) {
-#pragma unroll
-    for (int i = 0; i < kScoreRows * 2; ++i) {
-      lse[i / 2][i % 2] = __int_as_float(
-          static_cast<int>(ld_shared_u32(stats + (at.score_row() + at.lane / 4 + i * 8) * 4)));
-    }
-  }
   /// The share of step `step` of kSteps.
   template <int kSteps>
   __device__ __forceinline__ void make(int step) {
@@ -336,7 +341,7 @@ struct Probabilities {
         cap[m][n][e] = 1.0f - t * t;
         x = t;
       }
-      x = exp2_approx(fmaf(x, p.scale_log2, -lse[m][e / 2]));
+      x = exp2_approx(fmaf(x, p.scale_log2, -lse.of[m][e / 2]));
     }
   }
 };
@@ -580,32 +585,39 @@ __device__ __forceinline__ void score_step(const BackwardParams& p, const Place&
   float s[kScoreRows][kScorePairs * 2][4];
   float cap[kScoreRows][kScorePairs * 2][4];
   float dp[kScoreRows][kScorePairs * 2][4];
+  clear<kScoreRows, kScorePairs>(s);
   scores<QkRows, kDim / 16>(s, at, q, at.smem);
   const bool full = tile_full(group_bounds(at.smem, at.group()), row0, row0 + rows - 1);
   // Hidden before the exponentials, so that no branch stands between these and the next product.
   if (!kConfig.softcap && !full) hide(s, at, row0, neg_infinity());
   Probabilities to_p{s, cap, p, {}};
-  to_p.load(at, stats);
-  constexpr int kSteps = kDimV / 16;
-  scores<VRows, kSteps>(dp, at, dout, at.smem + kConfig.v_offset(),
-                        [&](int step) { to_p.template make<kSteps>(step); });
-  if (kConfig.softcap && !full) hide(s, at, row0, 0.0f);
-  store_scores(s, at, at.smem + kConfig.p_offset());
+  to_p.lse.load(at, stats);
+  // dP starts from -delta.
+  RowValues delta;
+  delta.load(at, stats + kM * 4);
 #pragma unroll
   for (int m = 0; m < kScoreRows; ++m) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float delta = __int_as_float(static_cast<int>(
-          ld_shared_u32(stats + (kM + at.score_row() + at.lane / 4 + m * 16 + r * 8) * 4)));
+    for (int i = 0; i < kScorePairs * 8; ++i) dp[m][i / 4][i % 4] = -delta.of[m][i % 4 / 2];
+  }
+  constexpr int kSteps = kDimV / 16;
+  scores<VRows, kSteps>(dp, at, dout, at.smem + kConfig.v_offset(), [&](int step) {
+    if (kConfig.softcap || kSteps < 4) return;
+    if (step < kSteps - 1) to_p.template make<kSteps - 1>(step);
+    if (step == kSteps - 2) store_scores(s, at, at.smem + kConfig.p_offset());
+  });
+  if (kConfig.softcap || kSteps < 4) {
+    to_p.template make<1>(0);
+    if (kConfig.softcap && !full) hide(s, at, row0, 0.0f);
+    store_scores(s, at, at.smem + kConfig.p_offset());
+  }
 #pragma unroll
-      for (int n = 0; n < kScorePairs * 2; ++n) {
+  for (int m = 0; m < kScoreRows; ++m) {
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          float ds = s[m][n][r * 2 + e] * (dp[m][n][r * 2 + e] - delta);
-          if constexpr (kConfig.softcap) ds *= cap[m][n][r * 2 + e];
-          dp[m][n][r * 2 + e] = ds;
-        }
-      }
+    for (int i = 0; i < kScorePairs * 8; ++i) {
+      float& ds = dp[m][i / 4][i % 4];
+      ds *= s[m][i / 4][i % 4];
+      if constexpr (kConfig.softcap) ds *= cap[m][i / 4][i % 4];
     }
   }
   store_scores(dp, at, at.smem + kConfig.ds_offset());
