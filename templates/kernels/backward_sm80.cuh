@@ -221,38 +221,52 @@ __device__ __forceinline__ void put_rows(const float (&c)[kTiles][kPairs * 2][4]
   }
 }
 
+/// c += dS K over kGroups groups of keys, from `group` on.
+template <int kGroups>
+__device__ __forceinline__ void multiply_groups(float (&c)[kDqRows][kDqPairs * 2][4],
+                                                const Place& at, u32 ds_lane, int group) {
+  constexpr int kGroupSteps = kGroupKeys / 16;
+  const int pair0 = static_cast<int>(at.dq_part()) * kDqPairs;
+  const int pairs = existing_pairs<kDim / 16, kSide, kDqPairs>(static_cast<int>(at.dq_part()));
+  multiply<kGroups * kGroupSteps, kDqRows, kDqPairs>(
+      c, pairs,
+      [&](u32(&a)[4], int step, int m) {
+        ldmatrix_x4(
+            a, PRows::at(ds_lane, (group * kGroupSteps + step) * 2) + m * 16 * PRows::kRowBytes);
+      },
+      [&](u32(&b)[4], int step, int n) {
+        const int key = (group * kGroupSteps + step) * 16;
+        ldmatrix_x4_trans(
+            b, at.smem + QkRows::offset(key + row_a(at.lane), (pair0 + n) * 2 + half_a(at.lane)));
+      });
+}
+
 /// The warp's part of dQ = dS K over the groups of keys that are `seen` (a bit each), added to the
 /// accumulator; `rows` of the step exist.
 __device__ __forceinline__ void add_dq(const Place& at, float* dq, int row0, int rows, u32 seen) {
   float c[kDqRows][kDqPairs * 2][4];
   clear<kDqRows, kDqPairs>(c);
-  const int pair0 = static_cast<int>(at.dq_part()) * kDqPairs;
-  const int pairs = existing_pairs<kDim / 16, kSide, kDqPairs>(static_cast<int>(at.dq_part()));
   const u32 ds_lane = PRows::lane_address(at.smem + kConfig.ds_offset(),
                                           at.dq_row() + row_a(at.lane), half_a(at.lane));
-  constexpr int kGroupSteps = kGroupKeys / 16;
+  // Most steps see all groups: one product without branches, whose loads run ahead.
+  if (seen == (1u << kSide) - 1) {
+    multiply_groups<kSide>(c, at, ds_lane, 0);
+  } else {
 #pragma unroll
-  for (int group = 0; group < kSide; ++group) {
-    if ((seen >> group & 1) == 0) continue;
-    multiply<kGroupSteps, kDqRows, kDqPairs>(
-        c, pairs,
-        [&](u32(&a)[4], int step, int m) {
-          ldmatrix_x4(
-              a, PRows::at(ds_lane, (group * kGroupSteps + step) * 2) + m * 16 * PRows::kRowBytes);
-        },
-        [&](u32(&b)[4], int step, int n) {
-          const int key = (group * kGroupSteps + step) * 16;
-          ldmatrix_x4_trans(
-              b, at.smem + QkRows::offset(key + row_a(at.lane), (pair0 + n) * 2 + half_a(at.lane)));
-        });
+    for (int group = 0; group < kSide; ++group) {
+      if ((seen >> group & 1) != 0) multiply_groups<1>(c, at, ds_lane, group);
+    }
   }
   const u32 row = at.dq_row() + at.lane / 4;
   const int lane = static_cast<int>(at.lane % 4 * 4);
+  const int pair0 = static_cast<int>(at.dq_part()) * kDqPairs;
+  const int pairs = existing_pairs<kDim / 16, kSide, kDqPairs>(static_cast<int>(at.dq_part()));
   if constexpr (kConfig.bulk_dq) {
-    const u32 stage = at.smem + kConfig.dq_offset();
-    put_rows<kDqRows, kDqPairs>(c, row, rows, pairs, [&](int i, int n, const Float4& v) {
-      const int place = kConfig.dq_place(kDim, row0 + i, pair0 + n);
-      st_shared_float4(stage + (i * kDim + place * 16 + lane) * 4, v);
+    // All rows of a thread are odd or all are even; those past the last are written and not sent.
+    const int odd = (row0 + static_cast<int>(row)) & 1;
+    const u32 stage = at.smem + kConfig.dq_offset() + (row * kDim + lane) * 4;
+    put_rows<kDqRows, kDqPairs>(c, 0, kM, pairs, [&](int i, int n, const Float4& v) {
+      st_shared_float4(stage + kConfig.dq_place(kDim, odd, pair0 + n) * 64 + i * kDim * 4, v);
     });
   } else {
     put_rows<kDqRows, kDqPairs>(c, row, rows, pairs, [&](int i, int n, const Float4& v) {
