@@ -242,8 +242,10 @@ __device__ __forceinline__ void multiply_groups(float (&c)[kDqRows][kDqPairs * 2
 }
 
 /// The warp's part of dQ = dS K over the groups of keys that are `seen` (a bit each), added to the
-/// accumulator; `rows` of the step exist.
-__device__ __forceinline__ void add_dq(const Place& at, float* dq, int row0, int rows, u32 seen) {
+/// accumulator; `rows` of the step exist. `beside` is called where the last MMAs are waited for.
+template <class Beside>
+__device__ __forceinline__ void add_dq(const Place& at, float* dq, int row0, int rows, u32 seen,
+                                       Beside beside) {
   float c[kDqRows][kDqPairs * 2][4];
   clear<kDqRows, kDqPairs>(c);
   const u32 ds_lane = PRows::lane_address(at.smem + kConfig.ds_offset(),
@@ -257,6 +259,7 @@ __device__ __forceinline__ void add_dq(const Place& at, float* dq, int row0, int
       if ((seen >> group & 1) != 0) multiply_groups<1>(c, at, ds_lane, group);
     }
   }
+  beside();
   const u32 row = at.dq_row() + at.lane / 4;
   const int lane = static_cast<int>(at.lane % 4 * 4);
   const int pair0 = static_cast<int>(at.dq_part()) * kDqPairs;
@@ -567,6 +570,18 @@ __device__ __forceinline__ u32 seen_groups(u32 smem, int first, int last) {
   return seen;
 }
 
+/// What a step covers.
+struct Span {
+  int rows;
+  u32 seen;  ///< groups of keys that its rows see, a bit each
+
+  __device__ __forceinline__ Span(u32 smem, int row0) {
+    const int last = static_cast<int>(ld_shared_u32(smem + kConfig.work_offset() + 20));
+    rows = min(kM, last + 1 - row0);
+    seen = seen_groups(smem, row0, row0 + rows - 1);
+  }
+};
+
 /// The walk over the row tiles of one query head after the other.
 struct Walk {
   int head, row0;
@@ -670,20 +685,20 @@ __device__ __forceinline__ void walk_rows(const BackwardParams& p, u32 smem, Wal
   const DqMail mail{smem};
   if (kConfig.bulk_dq && threadIdx.x == 0) mail.write(nullptr, 0);
   int stage = 0;
+  Span span(smem, walk.row0);
+  bool more = false;
   do {
     cp_async_wait_group<0>();
     __syncthreads();
     if (kConfig.bulk_dq && thread_index_here() == 0) mail.send();
     if (kStages == 2) load_following(stage ^ 1);
-    const int rows = walk.rows(smem);
     const u32 q = smem + kConfig.q_offset() + stage * kConfig.q_stage_bytes();
     const u32 dout = smem + kConfig.do_offset() + stage * kConfig.do_stage_bytes();
-    const u32 seen = seen_groups(smem, walk.row0, walk.row0 + rows - 1);
-    const bool mine = (seen >> Place(smem).group() & 1) != 0;
+    const bool mine = (span.seen >> Place(smem).group() & 1) != 0;
     if (mine) {
       score_step(p, Place(smem), q, dout,
                  smem + kConfig.stats_offset() + stage * kConfig.stats_stage_bytes(), walk.row0,
-                 rows);
+                 span.rows);
     }
     if (kConfig.bulk_dq && thread_index_here() == 0) mail.wait_read();
     __syncthreads();
@@ -699,16 +714,24 @@ __device__ __forceinline__ void walk_rows(const BackwardParams& p, u32 smem, Wal
       __syncthreads();
       load_following(0);
     }
+    const Span now = span;
+    const Walk here = walk;
+    const auto go_on = [&] {
+      more = walk.next(smem);
+      span = Span(smem, walk.row0);
+    };
     if (p.dq_accumulator != nullptr) {
-      float* dq = p.dq_accumulator + (static_cast<i64>(walk.head) * p.total_q + walk.row0) * kDim;
-      add_dq(Place(smem), dq, walk.row0, rows, seen);
+      float* dq = p.dq_accumulator + (static_cast<i64>(here.head) * p.total_q + here.row0) * kDim;
+      add_dq(Place(smem), dq, here.row0, now.rows, now.seen, go_on);
       if constexpr (kConfig.bulk_dq) {
         fence_proxy_async();
-        if (thread_index_here() == 0) mail.write(dq, rows);
+        if (thread_index_here() == 0) mail.write(dq, now.rows);
       }
+    } else {
+      go_on();
     }
     if (kStages == 2) stage ^= 1;
-  } while (walk.next(smem));
+  } while (more);
   __syncthreads();
   if (kConfig.bulk_dq && threadIdx.x == 0) {
     mail.send();
