@@ -30,6 +30,18 @@ __device__ __forceinline__ void cp_async_4(u32 dst, const void* src, bool valid)
                : "memory");
 }
 
+/// The same if `wanted`, without a branch.
+__device__ __forceinline__ void cp_async_4_if(bool wanted, u32 dst, const void* src, bool valid) {
+  asm volatile(
+      "{\n\t"
+      ".reg .pred p;\n\t"
+      "setp.ne.s32 p, %3, 0;\n\t"
+      "@p cp.async.ca.shared.global [%0], [%1], 4, %2;\n\t"
+      "}" ::"r"(dst),
+      "l"(src), "r"(valid ? 4 : 0), "r"(static_cast<int>(wanted))
+      : "memory");
+}
+
 __device__ __forceinline__ void cp_async_commit_group() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }

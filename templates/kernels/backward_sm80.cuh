@@ -180,9 +180,9 @@ __device__ __forceinline__ void scores(float (&c)[kScoreRows][kScorePairs * 2][4
 
 /// c += P^T X for this warp's keys and half of the dims: P [rows][keys] and X [rows][dims] in
 /// shared memory, both read transposed.
-template <class Rows, int kPairs>
+template <class Rows, int kPairs, class Beside = Nothing>
 __device__ __forceinline__ void gradient(float (&c)[kKeyRows][kPairs * 2][4], const Place& at,
-                                         u32 p, u32 x, int pairs) {
+                                         u32 p, u32 x, int pairs, Beside beside = {}) {
   const u32 key_chunk = at.grad_key() / 8;
   const u32 dim_chunk = at.grad_half() * kPairs * 2;
   multiply<kM / 16, kKeyRows, kPairs>(
@@ -194,7 +194,8 @@ __device__ __forceinline__ void gradient(float (&c)[kKeyRows][kPairs * 2][4], co
       [&](u32(&b)[4], int step, int n) {
         ldmatrix_x4_trans(
             b, x + Rows::offset(step * 16 + row_a(at.lane), dim_chunk + n * 2 + half_a(at.lane)));
-      });
+      },
+      beside);
 }
 
 /// Hands out accumulators as f32: each lane's four values of a 16-dim pair lie side by side, so
@@ -477,9 +478,8 @@ __device__ __forceinline__ void load_step(const BackwardParams& p, u32 smem, int
        ++pass) {  // rows that are not there: Q = dO = 0, P = 1, dS = 0
     const int i = static_cast<int>(thread_index_here()) + pass * kThreads;
     const float* array = i < kM ? p.lse_log2 : p.delta;
-    if (2 * kM % kThreads == 0 || i < 2 * kM) {
-      cp_async_4(stats + i * 4, array + row + i % kM, i % kM < rows);
-    }
+    cp_async_4_if(2 * kM % kThreads == 0 || i < 2 * kM, stats + i * 4, array + row + i % kM,
+                  i % kM < rows);
   }
 }
 
@@ -672,26 +672,28 @@ __device__ __forceinline__ void load_keys(const BackwardParams& p, const Work& w
 __device__ __forceinline__ void walk_rows(const BackwardParams& p, u32 smem, Walk walk,
                                           float (&dk)[kKeyRows][kDimPairs * 2][4],
                                           float (&dv)[kKeyRows][kDimVPairs * 2][4]) {
-  load_step(p, smem, walk.head, walk.row0, walk.rows(smem), 0);
+  // Steps alternate between the stages; which one follows from how many are left.
+  const auto stage_of = [](const Walk& at) { return kStages == 2 ? at.left & 1 : 0; };
+  load_step(p, smem, walk.head, walk.row0, walk.rows(smem), stage_of(walk));
   cp_async_commit_group();
   // The step that follows is worked out where it is loaded, not kept.
-  const auto load_following = [&](int into) {
+  const auto load_following = [&] {
     Walk following = walk;
-    if (following.next(smem)) {
-      load_step(p, smem, following.head, following.row0, following.rows(smem), into);
-    }
+    // Past the last step nothing is read: the tiles become zeros.
+    const bool exists = following.next(smem);
+    load_step(p, smem, following.head, following.row0, exists ? following.rows(smem) : 0,
+              stage_of(following));
     cp_async_commit_group();
   };
   const DqMail mail{smem};
   if (kConfig.bulk_dq && threadIdx.x == 0) mail.write(nullptr, 0);
-  int stage = 0;
   Span span(smem, walk.row0);
   bool more = false;
   do {
     cp_async_wait_group<0>();
     __syncthreads();
     if (kConfig.bulk_dq && thread_index_here() == 0) mail.send();
-    if (kStages == 2) load_following(stage ^ 1);
+    const int stage = stage_of(walk);
     const u32 q = smem + kConfig.q_offset() + stage * kConfig.q_stage_bytes();
     const u32 dout = smem + kConfig.do_offset() + stage * kConfig.do_stage_bytes();
     const bool mine = (span.seen >> Place(smem).group() & 1) != 0;
@@ -705,14 +707,20 @@ __device__ __forceinline__ void walk_rows(const BackwardParams& p, u32 smem, Wal
     if (mine) {
       const Place at(smem);
       const int half = static_cast<int>(at.grad_half());
+      // The other stage is free since the barrier that this step began with. Loaded into from here,
+      // where its address arithmetic runs beside a product, it is there in time.
       gradient<VRows, kDimVPairs>(dv, at, smem + kConfig.p_offset(), dout,
-                                  existing_pairs<kDimV / 16, 2, kDimVPairs>(half));
+                                  existing_pairs<kDimV / 16, 2, kDimVPairs>(half), [&](int step) {
+                                    if (kStages == 2 && step == kM / 16 - 1) load_following();
+                                  });
       gradient<QkRows, kDimPairs>(dk, at, smem + kConfig.ds_offset(), q,
                                   existing_pairs<kDim / 16, 2, kDimPairs>(half));
+    } else if (kStages == 2) {
+      load_following();
     }
     if (kStages == 1) {
       __syncthreads();
-      load_following(0);
+      load_following();
     }
     const Span now = span;
     const Walk here = walk;
@@ -730,7 +738,6 @@ __device__ __forceinline__ void walk_rows(const BackwardParams& p, u32 smem, Wal
     } else {
       go_on();
     }
-    if (kStages == 2) stage ^= 1;
   } while (more);
   __syncthreads();
   if (kConfig.bulk_dq && threadIdx.x == 0) {
