@@ -7,28 +7,27 @@
 //           its keys' intervals span, [min_first, max_last], for each query head in turn. Blocks
 //           are ordered heavy tiles first.
 // Steps     S = Q K^T, in partial steps with the interval test; P = exp2(S - lse) in between the
-// MMAs
-//           of dP = dO V^T - delta, which starts from -delta; dS = P dP; P and dS go through shared
-//           memory (they change from accumulators to A operands; by stmatrix from sm_90 on);
-//           dV += P^T dO; dK += dS^T Q; dQ = dS K is added to a float32 accumulator in global
+//           MMAs of dP = dO V^T - delta, which starts from -delta; dS = P dP; P and dS go through
+//           shared memory (they change from accumulators to A operands; by stmatrix from sm_90
+//           on); dV += P^T dO; dK += dS^T Q; dQ = dS K is added to a float32 accumulator in global
 //           memory, which another kernel scales and converts.
-// Pipeline  stages = 2: Q, dO, lse and delta of step i+1 are in flight during step i;
-//             wait(i) barrier load(i+1) S P dP -> P, dS | barrier | dV dK dQ
+// Pipeline  stages = 2: Q, dO, lse and delta of step i+1 fly from the end of dV in step i on:
+//             wait(i) barrier S dP with P, dS | barrier | dV load(i+1) dK dQ
 //           stages = 1: loads follow the last use, after one more barrier.
+//           What step i+1 covers is worked out beside the end of dQ of step i.
 // Masks     pairs of warps own groups of keys and know their bounds: a step's rows that see nothing
-// of a
-//           group cost its warps nothing; groups that all rows see skip the interval test.
+//           of a group cost its warps nothing; groups that all rows see skip the interval test. dQ
+//           is one product where all groups are seen, else one for each that is.
 // Warps     2 x warps/2 over S and dP (rows x keys) and over dQ (rows x dims); warps/2 x 2 over dK
-// and
-//           dV (keys x dims).
+//           and dV (keys x dims).
 // dQ        where the bulk copy engine is (sm_90 on), through shared memory: one reduction a step,
 //           sent by one thread; else by reductions from registers.
+// Barriers  __syncthreads only.
 // Registers dK and dV: block_n * (padded_dim + padded_dim_v) / (32 * warps) a thread, then S and
-// dP:
-//           2 * block_m * block_n / (32 * warps).
-// Shared    K (reused for dK) | V (reused for dV) | stages x Q | stages x dO | P | dS | stages x
-// {lse,
-//           delta} | {first, len}; BackwardConfig has the offsets.
+//           dP: 2 * block_m * block_n / (32 * warps).
+// Shared    K (reused for dK) | V (reused for dV) | stages x Q | stages x dO | P | dS |
+//           stages x {lse, delta} | {first, len} | bounds of groups | work | dQ; BackwardConfig has
+//           the offsets.
 #pragma once
 
 #include "../device/softmax.cuh"
