@@ -32,10 +32,11 @@ std::span<const ArchLimits> known_targets() {
 }
 
 ArchLimits arch_limits(Target target) {
-  ArchLimits limits = kTargets.front();
+  const ArchLimits* nearest = &kTargets.front();
   for (const ArchLimits& known : kTargets) {
-    if (known.target.cc <= target.cc) limits = known;
+    if (known.target.cc <= target.cc) nearest = &known;
   }
+  ArchLimits limits = *nearest;
   limits.target = target;
   return limits;
 }

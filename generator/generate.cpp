@@ -69,7 +69,7 @@ GeneratedSource generate_forward_sm90(const KernelSpec& spec, Flattener& templat
   return source;
 }
 
-/// Entries in launch order: prepare, the main kernel, dq, and dk with dv where blocks shared heads.
+/// Entries in launch order: prepare, the main kernel, and the sums of what it accumulated.
 GeneratedSource generate_backward(const KernelSpec& spec, Flattener& templates) {
   const BackwardConfig config = backward_config(spec);
   const std::string name = entry_name(spec);
@@ -78,7 +78,7 @@ GeneratedSource generate_backward(const KernelSpec& spec, Flattener& templates) 
   GeneratedSource source{spec, {}, {}};
   source.text = emit_banner(
       spec,
-      fmt::format("// Four kernels. The main one has one block per key tile, kv head and share of "
+      fmt::format("// Three kernels. The main one has one block per key tile, kv head and share of "
                   "its query heads:\n// {} threads, {} bytes of dynamic shared memory, {} together "
                   "on a multiprocessor.\n",
                   main.threads, main.smem_bytes, blocks));
@@ -95,8 +95,7 @@ GeneratedSource generate_backward(const KernelSpec& spec, Flattener& templates) 
   };
   add({name + "_prepare", kElementwiseThreads, 0}, 1, "backward::prepare");
   add(main, blocks, "backward_sm80");
-  add({name + "_dq", kElementwiseThreads, 0}, 1, "backward::write_dq");
-  add({name + "_dkdv", kElementwiseThreads, 0}, 1, "backward::write_dk_dv");
+  add({name + "_sum", kElementwiseThreads, 0}, 1, "backward::sum");
   return source;
 }
 

@@ -122,6 +122,11 @@ struct Engine::Impl {
     return spec;
   }
 
+  /// Inside a ContextScope of the engine's context.
+  const LoadedKernel& kernel_for(const KernelSpec& spec, Stream stream) const {
+    return kernels->get(spec, device.ordinal, to_stream(stream));
+  }
+
   void launch(const LoadedKernel& kernel, std::size_t entry, const Grid& grid, const void* params,
               std::size_t params_bytes, Stream stream) {
     if (grid.x == 0) return;
@@ -140,7 +145,7 @@ struct Engine::Impl {
   void build_plan(const PlanShape& shape, const PlanInputs& inputs, std::int32_t* buffer,
                   Stream stream) {
     const ContextScope scope(context);
-    const LoadedKernel& kernel = kernels->get(plan_spec(), to_stream(stream));
+    const LoadedKernel& kernel = kernel_for(plan_spec(), stream);
     const PlanLaunch work = make_plan_launch(shape, inputs, buffer, device.sm_count);
     const std::array grids{work.sequences, work.intervals, work.key_tiles, work.query_tiles};
     for (std::size_t i = 0; i < grids.size(); ++i) {
@@ -162,8 +167,7 @@ struct Engine::Impl {
         make_forward_launch(args, plan, spec, device.sm_count, device.l2_bytes);
     if (work.grid.x == 0) return;
     const ContextScope scope(context);
-    launch(kernels->get(spec, to_stream(stream)), 0, work.grid, &work.params, sizeof(work.params),
-           stream);
+    launch(kernel_for(spec, stream), 0, work.grid, &work.params, sizeof(work.params), stream);
   }
 
   void forward_sm90(const ForwardArgs& args, const PlanShape& plan, const KernelSpec& spec,
@@ -184,7 +188,7 @@ struct Engine::Impl {
                                    maps.q.head_step(),
                                    maps.k.head_step(),
                                    maps.v.head_step()};
-    launch(kernels->get(spec, to_stream(stream)), 0, work.grid, &params, sizeof(params), stream);
+    launch(kernel_for(spec, stream), 0, work.grid, &params, sizeof(params), stream);
   }
 
   /// Of this process; never 0, which finished launches leave in their workspace.
@@ -226,22 +230,23 @@ struct Engine::Impl {
         make_backward_launch(args, plan, spec, device.sm_count, device.l2_bytes);
     const ContextScope scope(context);
     // Kernels are found before anything is launched: a miss must not leave half of the gradients.
-    const LoadedKernel& kernel = kernels->get(spec, to_stream(stream));
-    const LoadedKernel* dq_kernel = nullptr;
+    const LoadedKernel& kernel = kernel_for(spec, stream);
+    const auto launch_all = [&] {
+      const std::array grids{work.prepare, work.main, work.sum};
+      for (std::size_t i = 0; i < grids.size(); ++i) {
+        launch(kernel, i, grids[i], &work.params, sizeof(work.params), stream);
+      }
+    };
+    if (!args.deterministic) {
+      launch_all();
+      return;
+    }
+    const KernelSpec dq_spec = kernel_spec(Pass::kBackwardDq, shape);
     BackwardParams dq_params = work.params;
-    Grid dq_grid;
-    if (args.deterministic) {
-      const KernelSpec dq_spec = kernel_spec(Pass::kBackwardDq, shape);
-      dq_grid = add_dq_launch(dq_params, plan, dq_spec);
-      dq_kernel = &kernels->get(dq_spec, to_stream(stream));
-    }
-    const std::array grids{work.prepare, work.main, work.dq, work.dk_dv};
-    for (std::size_t i = 0; i < grids.size(); ++i) {
-      launch(kernel, i, grids[i], &work.params, sizeof(work.params), stream);
-    }
-    if (dq_kernel != nullptr) {
-      launch(*dq_kernel, 0, dq_grid, &dq_params, sizeof(dq_params), stream);
-    }
+    const Grid dq_grid = add_dq_launch(dq_params, plan, dq_spec);
+    const LoadedKernel& dq_kernel = kernel_for(dq_spec, stream);
+    launch_all();
+    launch(dq_kernel, 0, dq_grid, &dq_params, sizeof(dq_params), stream);
   }
 };
 

@@ -13,7 +13,15 @@
 namespace treeattn {
 namespace {
 
-constexpr std::uintptr_t kAlignBytes = 16;
+constexpr std::size_t kAlignBytes = 16;
+
+bool is_aligned(const void* pointer, std::size_t bytes) {
+  return reinterpret_cast<std::uintptr_t>(pointer) % bytes == 0;
+}
+
+[[noreturn]] void refuse_alignment(std::string_view name, const void* pointer, std::size_t bytes) {
+  refuse(name, fmt::format("{}", pointer), fmt::format("a pointer aligned to {} bytes", bytes));
+}
 
 void check_heads(const Shape& shape) {
   if (shape.heads <= 0) refuse("heads", fmt::format("{}", shape.heads), "at least 1");
@@ -124,16 +132,18 @@ PlanShape check_plan(const Plan* plan, const std::int32_t* plan_buffer) {
 }
 
 void check_aligned(std::string_view name, const void* pointer, std::size_t bytes) {
-  if (reinterpret_cast<std::uintptr_t>(pointer) % bytes == 0) return;
-  refuse(name, fmt::format("{}", pointer), fmt::format("a pointer aligned to {} bytes", bytes));
+  if (!is_aligned(pointer, bytes)) refuse_alignment(name, pointer, bytes);
 }
 
 void check_tensor(std::string_view name, const ConstTensor& t, std::int64_t tokens, int heads,
                   DType dtype, bool cuda) {
   if (tokens == 0) return;
+  // Names are put together for errors only: that took longer than all checks of a hot call.
   if (t.data == nullptr) refuse(fmt::format("{}.data", name), "null", "a pointer to its elements");
   if (!cuda) return;
-  check_aligned(fmt::format("{}.data", name), t.data, kAlignBytes);
+  if (!is_aligned(t.data, kAlignBytes)) {
+    refuse_alignment(fmt::format("{}.data", name), t.data, kAlignBytes);
+  }
   const int bytes = element_bytes(dtype);
   const auto check_stride = [&](std::string_view which, std::int64_t stride) {
     if (stride * bytes % static_cast<std::int64_t>(kAlignBytes) == 0) return;

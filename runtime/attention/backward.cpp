@@ -24,7 +24,7 @@ struct ScheduleSizes {
 ScheduleSizes schedule_sizes(const PlanShape& plan, const Shape& shape, const KernelSpec& spec,
                              int slots, bool deterministic) {
   // Another order of summands with other totals would be another gradient.
-  if (deterministic) return {};
+  if (deterministic || plan.total_k == 0) return {};
   const std::int64_t tiles = tile_slots(plan.total_k, plan.batch, spec.tile.block_n);
   const std::int64_t steps =
       (std::int64_t{plan.total_q} / spec.tile.block_m + 1) * (shape.heads / shape.heads_kv);
@@ -202,20 +202,16 @@ BackwardLaunch make_backward_launch(const BackwardArgs& args, const PlanShape& p
 
   const auto heads = static_cast<unsigned>(args.heads);
   launch.prepare = {1 + blocks_of(plan.total_q, kElementwiseThreads / ceil_pow2(dim_v / 8)), heads};
-  if (plan.total_q > 0 && !args.deterministic) {
-    launch.dq = {
-        blocks_of(std::int64_t{plan.total_q} * ((args.head_dim + 15) / 16), kElementwiseThreads),
-        heads};
-  }
   if (plan.total_k > 0) {
     launch.main.x =
         check_blocks((std::int64_t{p.max_key_tiles} + p.max_units) * args.heads_kv, spec);
-    if (p.max_split > 0) {
-      const int pairs = (std::max(args.head_dim, dim_v) + 15) / 16;
-      launch.dk_dv = {static_cast<unsigned>(p.max_split), static_cast<unsigned>(args.heads_kv),
-                      2 * blocks_of(std::int64_t{spec.tile.block_n} * pairs, kElementwiseThreads)};
-    }
   }
+  const BackwardConfig config = backward_config(spec);
+  const std::int64_t dk_dv = std::int64_t{p.max_split} * args.heads_kv * config.tile_sum_blocks();
+  const std::int64_t dq = args.deterministic ? 0
+                                             : args.heads * BackwardConfig::dq_sum_blocks(
+                                                                config.padded_dim(), plan.total_q);
+  launch.sum.x = check_blocks(dk_dv + dq, spec);
   return launch;
 }
 

@@ -20,7 +20,7 @@ std::size_t backward_workspace_bytes(const PlanShape& plan, const Shape& shape,
 /// The backward launches as plain data, in launch order.
 struct BackwardLaunch {
   BackwardParams params{};
-  Grid prepare, main, dq, dk_dv;
+  Grid prepare, main, sum;
 };
 BackwardLaunch make_backward_launch(const BackwardArgs& args, const PlanShape& plan,
                                     const KernelSpec& spec, int sm_count, std::int64_t l2_bytes);

@@ -132,7 +132,10 @@ std::unique_ptr<KernelCache> KernelCache::create_default() {
 }
 
 const LoadedKernel& KernelCache::get(const KernelSpec& spec, CUstream stream) {
-  const CUdevice device = current_device();
+  return get(spec, current_device(), stream);
+}
+
+const LoadedKernel& KernelCache::get(const KernelSpec& spec, CUdevice device, CUstream stream) {
   if (const LoadedKernel* kernel = shared_->find(spec);
       kernel != nullptr && kernel->ready_on(device)) [[likely]] {
     counters_->memory_hits.fetch_add(1, std::memory_order_relaxed);

@@ -36,6 +36,8 @@ class KernelCache {
   /// misses warns or throws. Throws Error, the same one for every call until reset() where a kernel
   /// cannot be had.
   const LoadedKernel& get(const KernelSpec& spec, CUstream stream);
+  /// The same for callers who know that `device` is the current context's.
+  const LoadedKernel& get(const KernelSpec& spec, CUdevice device, CUstream stream);
   /// Makes the kernel ready for the current context ahead of time.
   PreparedKernel prepare(const KernelSpec& spec);
   /// Forgets failures, so that they are tried again. Loaded kernels stay.

@@ -30,6 +30,18 @@ __device__ __forceinline__ void cp_async_4(u32 dst, const void* src, bool valid)
                : "memory");
 }
 
+/// The same if `wanted`, without a branch.
+__device__ __forceinline__ void cp_async_4_if(bool wanted, u32 dst, const void* src, bool valid) {
+  asm volatile(
+      "{\n\t"
+      ".reg .pred p;\n\t"
+      "setp.ne.s32 p, %3, 0;\n\t"
+      "@p cp.async.ca.shared.global [%0], [%1], 4, %2;\n\t"
+      "}" ::"r"(dst),
+      "l"(src), "r"(valid ? 4 : 0), "r"(static_cast<int>(wanted))
+      : "memory");
+}
+
 __device__ __forceinline__ void cp_async_commit_group() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
@@ -90,6 +102,22 @@ __device__ __forceinline__ u32 ld_shared_u32(u32 address) {
 
 __device__ __forceinline__ void st_shared_u32(u32 address, u32 value) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+
+/// Whether stmatrix_x4() exists.
+#if __CUDA_ARCH__ >= 900
+inline constexpr bool kHasStmatrix = true;
+#else
+inline constexpr bool kHasStmatrix = false;
+#endif
+
+/// The inverse of ldmatrix_x4: lane l gives the address of row l % 8 of matrix l / 8.
+__device__ __forceinline__ void stmatrix_x4(u32 address, u32 r0, u32 r1, u32 r2, u32 r3) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+               "r"(r0), "r"(r1), "r"(r2), "r"(r3)
+               : "memory");
+#endif
 }
 
 __device__ __forceinline__ void st_shared_int4(u32 address, const Int4& v) {

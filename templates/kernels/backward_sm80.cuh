@@ -6,27 +6,28 @@
 //           V stay in shared memory, dK and dV in registers; the block walks the query rows that
 //           its keys' intervals span, [min_first, max_last], for each query head in turn. Blocks
 //           are ordered heavy tiles first.
-// Steps     S = Q K^T; P = exp2(S - lse) with the interval test in partial steps only; dP = dO V^T;
-//           dS = P (dP - delta); P and dS go through shared memory (they change from accumulators
-//           to A operands); dV += P^T dO; dK += dS^T Q; dQ = dS K is added to a float32 accumulator
-//           in global memory, which another kernel scales and converts.
-// Pipeline  stages = 2: Q, dO, lse and delta of step i+1 are in flight during step i;
-//             wait(i) barrier load(i+1) S P dP -> P, dS | barrier | dV dK dQ
+// Steps     S = Q K^T, in partial steps with the interval test; P = exp2(S - lse) in between the
+//           MMAs of dP = dO V^T - delta, which starts from -delta; dS = P dP; P and dS go through
+//           shared memory (they change from accumulators to A operands; by stmatrix from sm_90
+//           on); dV += P^T dO; dK += dS^T Q; dQ = dS K is added to a float32 accumulator in global
+//           memory, which another kernel scales and converts.
+// Pipeline  stages = 2: Q, dO, lse and delta of step i+1 fly from the end of dV in step i on:
+//             wait(i) barrier S dP with P, dS | barrier | dV load(i+1) dK dQ
 //           stages = 1: loads follow the last use, after one more barrier.
+//           What step i+1 covers is worked out beside the end of dQ of step i.
 // Masks     pairs of warps own groups of keys and know their bounds: a step's rows that see nothing
-// of a
-//           group cost its warps nothing; groups that all rows see skip the interval test.
+//           of a group cost its warps nothing; groups that all rows see skip the interval test. dQ
+//           is one product where all groups are seen, else one for each that is.
 // Warps     2 x warps/2 over S and dP (rows x keys) and over dQ (rows x dims); warps/2 x 2 over dK
-// and
-//           dV (keys x dims).
+//           and dV (keys x dims).
 // dQ        where the bulk copy engine is (sm_90 on), through shared memory: one reduction a step,
 //           sent by one thread; else by reductions from registers.
+// Barriers  __syncthreads only.
 // Registers dK and dV: block_n * (padded_dim + padded_dim_v) / (32 * warps) a thread, then S and
-// dP:
-//           2 * block_m * block_n / (32 * warps).
-// Shared    K (reused for dK) | V (reused for dV) | stages x Q | stages x dO | P | dS | stages x
-// {lse,
-//           delta} | {first, len}; BackwardConfig has the offsets.
+//           dP: 2 * block_m * block_n / (32 * warps).
+// Shared    K (reused for dK) | V (reused for dV) | stages x Q | stages x dO | P | dS |
+//           stages x {lse, delta} | {first, len} | bounds of groups | work | dQ; BackwardConfig has
+//           the offsets.
 #pragma once
 
 #include "../device/softmax.cuh"
@@ -93,11 +94,15 @@ __device__ __forceinline__ void clear(float (&c)[kTiles][kPairs * 2][4], float t
   }
 }
 
+struct Nothing {
+  __device__ __forceinline__ void operator()(int /*step*/) const {}
+};
+
 /// c += A B over kSteps 16-deep steps. `load_a` and `load_b` fetch operands by step and tile; of B,
-/// `pairs` 16-wide tiles exist.
-template <int kSteps, int kTiles, int kPairs, class LoadA, class LoadB>
+/// `pairs` 16-wide tiles exist. `beside(step)` is work of other units, dealt out over the steps.
+template <int kSteps, int kTiles, int kPairs, class LoadA, class LoadB, class Beside = Nothing>
 __device__ __forceinline__ void multiply(float (&c)[kTiles][kPairs * 2][4], int pairs, LoadA load_a,
-                                         LoadB load_b) {
+                                         LoadB load_b, Beside beside = {}) {
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
     u32 a[kTiles][4];
@@ -117,6 +122,7 @@ __device__ __forceinline__ void multiply(float (&c)[kTiles][kPairs * 2][4], int 
         }
       }
     }
+    beside(step);
   }
 }
 
@@ -141,11 +147,23 @@ struct Place {
   __device__ __forceinline__ u32 group() const { return warp / 2; }
 };
 
-/// c = X Y^T for this warp's rows and keys; X has row tiles of the step, Y the block's keys.
-template <class Rows, int kSteps>
+/// A number for each of the warp's rows that this thread holds.
+struct RowValues {
+  float of[kScoreRows][2];
+
+  __device__ __forceinline__ void load(const Place& at, u32 from) {
+#pragma unroll
+    for (int i = 0; i < kScoreRows * 2; ++i) {
+      of[i / 2][i % 2] = __int_as_float(
+          static_cast<int>(ld_shared_u32(from + (at.score_row() + at.lane / 4 + i * 8) * 4)));
+    }
+  }
+};
+
+/// c += X Y^T for this warp's rows and keys; X has row tiles of the step, Y the block's keys.
+template <class Rows, int kSteps, class Beside = Nothing>
 __device__ __forceinline__ void scores(float (&c)[kScoreRows][kScorePairs * 2][4], const Place& at,
-                                       u32 x, u32 y) {
-  clear<kScoreRows, kScorePairs>(c);
+                                       u32 x, u32 y, Beside beside = {}) {
   const u32 a_lane = Rows::lane_address(x, at.score_row() + row_a(at.lane), half_a(at.lane));
   const u32 b_lane = Rows::lane_address(y, at.score_key() + row_b(at.lane), half_b(at.lane));
   multiply<kSteps, kScoreRows, kScorePairs>(
@@ -155,14 +173,15 @@ __device__ __forceinline__ void scores(float (&c)[kScoreRows][kScorePairs * 2][4
       },
       [&](u32(&b)[4], int step, int n) {
         ldmatrix_x4(b, Rows::at(b_lane, step * 2) + n * 16 * Rows::kRowBytes);
-      });
+      },
+      beside);
 }
 
 /// c += P^T X for this warp's keys and half of the dims: P [rows][keys] and X [rows][dims] in
 /// shared memory, both read transposed.
-template <class Rows, int kPairs>
+template <class Rows, int kPairs, class Beside = Nothing>
 __device__ __forceinline__ void gradient(float (&c)[kKeyRows][kPairs * 2][4], const Place& at,
-                                         u32 p, u32 x, int pairs) {
+                                         u32 p, u32 x, int pairs, Beside beside = {}) {
   const u32 key_chunk = at.grad_key() / 8;
   const u32 dim_chunk = at.grad_half() * kPairs * 2;
   multiply<kM / 16, kKeyRows, kPairs>(
@@ -174,7 +193,8 @@ __device__ __forceinline__ void gradient(float (&c)[kKeyRows][kPairs * 2][4], co
       [&](u32(&b)[4], int step, int n) {
         ldmatrix_x4_trans(
             b, x + Rows::offset(step * 16 + row_a(at.lane), dim_chunk + n * 2 + half_a(at.lane)));
-      });
+      },
+      beside);
 }
 
 /// Hands out accumulators as f32: each lane's four values of a 16-dim pair lie side by side, so
@@ -201,42 +221,59 @@ __device__ __forceinline__ void put_rows(const float (&c)[kTiles][kPairs * 2][4]
   }
 }
 
-/// The warp's part of dQ = dS K over the groups of keys that are `seen` (a bit each), added to the
-/// accumulator; `rows` of the step exist.
-__device__ __forceinline__ void add_dq(const Place& at, float* dq, int row0, int rows, u32 seen) {
-  float c[kDqRows][kDqPairs * 2][4];
-  clear<kDqRows, kDqPairs>(c);
+/// c += dS K over kGroups groups of keys, from `group` on.
+template <int kGroups>
+__device__ __forceinline__ void multiply_groups(float (&c)[kDqRows][kDqPairs * 2][4],
+                                                const Place& at, u32 ds_lane, int group) {
+  constexpr int kGroupSteps = kGroupKeys / 16;
   const int pair0 = static_cast<int>(at.dq_part()) * kDqPairs;
   const int pairs = existing_pairs<kDim / 16, kSide, kDqPairs>(static_cast<int>(at.dq_part()));
+  multiply<kGroups * kGroupSteps, kDqRows, kDqPairs>(
+      c, pairs,
+      [&](u32(&a)[4], int step, int m) {
+        ldmatrix_x4(
+            a, PRows::at(ds_lane, (group * kGroupSteps + step) * 2) + m * 16 * PRows::kRowBytes);
+      },
+      [&](u32(&b)[4], int step, int n) {
+        const int key = (group * kGroupSteps + step) * 16;
+        ldmatrix_x4_trans(
+            b, at.smem + QkRows::offset(key + row_a(at.lane), (pair0 + n) * 2 + half_a(at.lane)));
+      });
+}
+
+/// The warp's part of dQ = dS K over the groups of keys that are `seen` (a bit each), added to the
+/// accumulator; `rows` of the step exist. `beside` is called where the last MMAs are waited for.
+template <class Beside>
+__device__ __forceinline__ void add_dq(const Place& at, float* dq, int row0, int rows, u32 seen,
+                                       Beside beside) {
+  float c[kDqRows][kDqPairs * 2][4];
+  clear<kDqRows, kDqPairs>(c);
   const u32 ds_lane = PRows::lane_address(at.smem + kConfig.ds_offset(),
                                           at.dq_row() + row_a(at.lane), half_a(at.lane));
-  constexpr int kGroupSteps = kGroupKeys / 16;
+  // Most steps see all groups: one product without branches, whose loads run ahead.
+  if (seen == (1u << kSide) - 1) {
+    multiply_groups<kSide>(c, at, ds_lane, 0);
+  } else {
 #pragma unroll
-  for (int group = 0; group < kSide; ++group) {
-    if ((seen >> group & 1) == 0) continue;
-    multiply<kGroupSteps, kDqRows, kDqPairs>(
-        c, pairs,
-        [&](u32(&a)[4], int step, int m) {
-          ldmatrix_x4(
-              a, PRows::at(ds_lane, (group * kGroupSteps + step) * 2) + m * 16 * PRows::kRowBytes);
-        },
-        [&](u32(&b)[4], int step, int n) {
-          const int key = (group * kGroupSteps + step) * 16;
-          ldmatrix_x4_trans(
-              b, at.smem + QkRows::offset(key + row_a(at.lane), (pair0 + n) * 2 + half_a(at.lane)));
-        });
+    for (int group = 0; group < kSide; ++group) {
+      if ((seen >> group & 1) != 0) multiply_groups<1>(c, at, ds_lane, group);
+    }
   }
+  beside();
   const u32 row = at.dq_row() + at.lane / 4;
   const int lane = static_cast<int>(at.lane % 4 * 4);
+  const int pair0 = static_cast<int>(at.dq_part()) * kDqPairs;
+  const int pairs = existing_pairs<kDim / 16, kSide, kDqPairs>(static_cast<int>(at.dq_part()));
   if constexpr (kConfig.bulk_dq) {
-    const u32 stage = at.smem + kConfig.dq_offset();
-    put_rows<kDqRows, kDqPairs>(c, row, rows, pairs, [&](int i, int n, const Float4& v) {
-      const int place = kConfig.dq_place(row0 + i, pair0 + n);
-      st_shared_float4(stage + (i * kDim + place * 16 + lane) * 4, v);
+    // All rows of a thread are odd or all are even; those past the last are written and not sent.
+    const int odd = (row0 + static_cast<int>(row)) & 1;
+    const u32 stage = at.smem + kConfig.dq_offset() + (row * kDim + lane) * 4;
+    put_rows<kDqRows, kDqPairs>(c, 0, kM, pairs, [&](int i, int n, const Float4& v) {
+      st_shared_float4(stage + kConfig.dq_place(kDim, odd, pair0 + n) * 64 + i * kDim * 4, v);
     });
   } else {
     put_rows<kDqRows, kDqPairs>(c, row, rows, pairs, [&](int i, int n, const Float4& v) {
-      const int place = kConfig.dq_place(row0 + i, pair0 + n);
+      const int place = kConfig.dq_place(kDim, row0 + i, pair0 + n);
       red_add_float4(dq + static_cast<i64>(i) * kDim + place * 16 + lane, v);
     });
   }
@@ -276,55 +313,75 @@ struct DqMail {
   }
 };
 
-/// Turns scores into P in place and writes it; the interval test runs in partial steps only.
-__device__ __forceinline__ void probabilities(float (&s)[kScoreRows][kScorePairs * 2][4],
-                                              float (&cap)[kScoreRows][kScorePairs * 2][4],
-                                              const Place& at, const BackwardParams& p, u32 stats,
-                                              int row0, bool full) {
+/// Gives pairs of a row and a key that do not see each other the value `hidden`.
+__device__ __forceinline__ void hide(float (&s)[kScoreRows][kScorePairs * 2][4], const Place& at,
+                                     int row0, float hidden) {
   const int row = row0 + static_cast<int>(at.score_row() + at.lane / 4);
   const u32 mask = at.smem + kConfig.mask_offset() + (at.score_key() + at.lane % 4 * 2) * 4;
 #pragma unroll
-  for (int m = 0; m < kScoreRows; ++m) {
+  for (int n = 0; n < kScorePairs * 2; ++n) {
+    const Int2 first = ld_shared_int2(mask + n * 8 * 4);
+    const Int2 len = ld_shared_int2(mask + (kN + n * 8) * 4);
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float lse = __int_as_float(
-          ld_shared_u32(stats + (at.score_row() + at.lane / 4 + m * 16 + r * 8) * 4));
+    for (int m = 0; m < kScoreRows; ++m) {
 #pragma unroll
-      for (int n = 0; n < kScorePairs * 2; ++n) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          float& x = s[m][n][r * 2 + e];
-          if constexpr (kConfig.softcap) {
-            const float t = tanh_exp2(x * p.softcap_in);
-            cap[m][n][r * 2 + e] = 1.0f - t * t;
-            x = t;
-          }
-          x = exp2_approx(fmaf(x, p.scale_log2, -lse));
-        }
-      }
-    }
-  }
-  if (!full) {
-#pragma unroll
-    for (int n = 0; n < kScorePairs * 2; ++n) {
-      const Int2 first = ld_shared_int2(mask + n * 8 * 4);
-      const Int2 len = ld_shared_int2(mask + (kN + n * 8) * 4);
-#pragma unroll
-      for (int m = 0; m < kScoreRows; ++m) {
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          const int i = row + m * 16 + r * 8;
-          if (static_cast<u32>(i - first.x) >= static_cast<u32>(len.x)) s[m][n][r * 2] = 0.0f;
-          if (static_cast<u32>(i - first.y) >= static_cast<u32>(len.y)) s[m][n][r * 2 + 1] = 0.0f;
-        }
+      for (int r = 0; r < 2; ++r) {
+        const int i = row + m * 16 + r * 8;
+        if (static_cast<u32>(i - first.x) >= static_cast<u32>(len.x)) s[m][n][r * 2] = hidden;
+        if (static_cast<u32>(i - first.y) >= static_cast<u32>(len.y)) s[m][n][r * 2 + 1] = hidden;
       }
     }
   }
 }
 
+/// Turns scores into P in place, a few of them at a time. Without softcap hidden scores are -inf by
+/// now; with it they become zero afterwards.
+struct Probabilities {
+  float (&s)[kScoreRows][kScorePairs * 2][4];
+  float (&cap)[kScoreRows][kScorePairs * 2][4];
+  const BackwardParams& p;
+  RowValues lse;
+
+  /// The share of step `step` of kSteps.
+  template <int kSteps>
+  __device__ __forceinline__ void make(int step) {
+    constexpr int kAll = kScoreRows * kScorePairs * 8;
+#pragma unroll
+    for (int i = 0; i < kAll; ++i) {
+      if (i < step * kAll / kSteps || i >= (step + 1) * kAll / kSteps) continue;
+      const int m = i / (kScorePairs * 8);
+      const int n = i / 4 % (kScorePairs * 2);
+      const int e = i % 4;
+      float& x = s[m][n][e];
+      if constexpr (kConfig.softcap) {
+        const float t = tanh_exp2(x * p.softcap_in);
+        cap[m][n][e] = 1.0f - t * t;
+        x = t;
+      }
+      x = exp2_approx(fmaf(x, p.scale_log2, -lse.of[m][e / 2]));
+    }
+  }
+};
+
 /// Writes accumulators of [rows][keys] as 16-bit pairs.
 __device__ __forceinline__ void store_scores(const float (&s)[kScoreRows][kScorePairs * 2][4],
                                              const Place& at, u32 to) {
+  if constexpr (kHasStmatrix) {
+    const u32 lane =
+        PRows::at(PRows::lane_address(to, at.score_row() + row_a(at.lane), half_a(at.lane)),
+                  at.score_key() / 8);
+#pragma unroll
+    for (int m = 0; m < kScoreRows; ++m) {
+#pragma unroll
+      for (int n = 0; n < kScorePairs; ++n) {
+        const float(&c0)[4] = s[m][n * 2];
+        const float(&c1)[4] = s[m][n * 2 + 1];
+        stmatrix_x4(PRows::at(lane, n * 2) + m * 16 * PRows::kRowBytes, pack2(c0[0], c0[1]),
+                    pack2(c0[2], c0[3]), pack2(c1[0], c1[1]), pack2(c1[2], c1[3]));
+      }
+    }
+    return;
+  }
 #pragma unroll
   for (int m = 0; m < kScoreRows; ++m) {
 #pragma unroll
@@ -420,9 +477,8 @@ __device__ __forceinline__ void load_step(const BackwardParams& p, u32 smem, int
        ++pass) {  // rows that are not there: Q = dO = 0, P = 1, dS = 0
     const int i = static_cast<int>(thread_index_here()) + pass * kThreads;
     const float* array = i < kM ? p.lse_log2 : p.delta;
-    if (2 * kM % kThreads == 0 || i < 2 * kM) {
-      cp_async_4(stats + i * 4, array + row + i % kM, i % kM < rows);
-    }
+    cp_async_4_if(2 * kM % kThreads == 0 || i < 2 * kM, stats + i * 4, array + row + i % kM,
+                  i % kM < rows);
   }
 }
 
@@ -513,6 +569,18 @@ __device__ __forceinline__ u32 seen_groups(u32 smem, int first, int last) {
   return seen;
 }
 
+/// What a step covers.
+struct Span {
+  int rows;
+  u32 seen;  ///< groups of keys that its rows see, a bit each
+
+  __device__ __forceinline__ Span(u32 smem, int row0) {
+    const int last = static_cast<int>(ld_shared_u32(smem + kConfig.work_offset() + 20));
+    rows = min(kM, last + 1 - row0);
+    seen = seen_groups(smem, row0, row0 + rows - 1);
+  }
+};
+
 /// The walk over the row tiles of one query head after the other.
 struct Walk {
   int head, row0;
@@ -545,26 +613,39 @@ __device__ __forceinline__ void score_step(const BackwardParams& p, const Place&
   float s[kScoreRows][kScorePairs * 2][4];
   float cap[kScoreRows][kScorePairs * 2][4];
   float dp[kScoreRows][kScorePairs * 2][4];
+  clear<kScoreRows, kScorePairs>(s);
   scores<QkRows, kDim / 16>(s, at, q, at.smem);
-  probabilities(s, cap, at, p, stats, row0,
-                tile_full(group_bounds(at.smem, at.group()), row0, row0 + rows - 1));
-  store_scores(s, at, at.smem + kConfig.p_offset());
-  scores<VRows, kDimV / 16>(dp, at, dout, at.smem + kConfig.v_offset());
+  const bool full = tile_full(group_bounds(at.smem, at.group()), row0, row0 + rows - 1);
+  // Hidden before the exponentials, so that no branch stands between these and the next product.
+  if (!kConfig.softcap && !full) hide(s, at, row0, neg_infinity());
+  Probabilities to_p{s, cap, p, {}};
+  to_p.lse.load(at, stats);
+  // dP starts from -delta.
+  RowValues delta;
+  delta.load(at, stats + kM * 4);
 #pragma unroll
   for (int m = 0; m < kScoreRows; ++m) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float delta = __int_as_float(static_cast<int>(
-          ld_shared_u32(stats + (kM + at.score_row() + at.lane / 4 + m * 16 + r * 8) * 4)));
+    for (int i = 0; i < kScorePairs * 8; ++i) dp[m][i / 4][i % 4] = -delta.of[m][i % 4 / 2];
+  }
+  constexpr int kSteps = kDimV / 16;
+  scores<VRows, kSteps>(dp, at, dout, at.smem + kConfig.v_offset(), [&](int step) {
+    if (kConfig.softcap || kSteps < 4) return;
+    if (step < kSteps - 1) to_p.template make<kSteps - 1>(step);
+    if (step == kSteps - 2) store_scores(s, at, at.smem + kConfig.p_offset());
+  });
+  if (kConfig.softcap || kSteps < 4) {
+    to_p.template make<1>(0);
+    if (kConfig.softcap && !full) hide(s, at, row0, 0.0f);
+    store_scores(s, at, at.smem + kConfig.p_offset());
+  }
 #pragma unroll
-      for (int n = 0; n < kScorePairs * 2; ++n) {
+  for (int m = 0; m < kScoreRows; ++m) {
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          float ds = s[m][n][r * 2 + e] * (dp[m][n][r * 2 + e] - delta);
-          if constexpr (kConfig.softcap) ds *= cap[m][n][r * 2 + e];
-          dp[m][n][r * 2 + e] = ds;
-        }
-      }
+    for (int i = 0; i < kScorePairs * 8; ++i) {
+      float& ds = dp[m][i / 4][i % 4];
+      ds *= s[m][i / 4][i % 4];
+      if constexpr (kConfig.softcap) ds *= cap[m][i / 4][i % 4];
     }
   }
   store_scores(dp, at, at.smem + kConfig.ds_offset());
@@ -590,58 +671,73 @@ __device__ __forceinline__ void load_keys(const BackwardParams& p, const Work& w
 __device__ __forceinline__ void walk_rows(const BackwardParams& p, u32 smem, Walk walk,
                                           float (&dk)[kKeyRows][kDimPairs * 2][4],
                                           float (&dv)[kKeyRows][kDimVPairs * 2][4]) {
-  load_step(p, smem, walk.head, walk.row0, walk.rows(smem), 0);
+  // Steps alternate between the stages; which one follows from how many are left.
+  const auto stage_of = [](const Walk& at) { return kStages == 2 ? at.left & 1 : 0; };
+  load_step(p, smem, walk.head, walk.row0, walk.rows(smem), stage_of(walk));
   cp_async_commit_group();
   // The step that follows is worked out where it is loaded, not kept.
-  const auto load_following = [&](int into) {
+  const auto load_following = [&] {
     Walk following = walk;
-    if (following.next(smem)) {
-      load_step(p, smem, following.head, following.row0, following.rows(smem), into);
-    }
+    // Past the last step nothing is read: the tiles become zeros.
+    const bool exists = following.next(smem);
+    load_step(p, smem, following.head, following.row0, exists ? following.rows(smem) : 0,
+              stage_of(following));
     cp_async_commit_group();
   };
   const DqMail mail{smem};
   if (kConfig.bulk_dq && threadIdx.x == 0) mail.write(nullptr, 0);
-  int stage = 0;
+  Span span(smem, walk.row0);
+  bool more = false;
   do {
     cp_async_wait_group<0>();
     __syncthreads();
     if (kConfig.bulk_dq && thread_index_here() == 0) mail.send();
-    if (kStages == 2) load_following(stage ^ 1);
-    const int rows = walk.rows(smem);
+    const int stage = stage_of(walk);
     const u32 q = smem + kConfig.q_offset() + stage * kConfig.q_stage_bytes();
     const u32 dout = smem + kConfig.do_offset() + stage * kConfig.do_stage_bytes();
-    const u32 seen = seen_groups(smem, walk.row0, walk.row0 + rows - 1);
-    const bool mine = (seen >> Place(smem).group() & 1) != 0;
+    const bool mine = (span.seen >> Place(smem).group() & 1) != 0;
     if (mine) {
       score_step(p, Place(smem), q, dout,
                  smem + kConfig.stats_offset() + stage * kConfig.stats_stage_bytes(), walk.row0,
-                 rows);
+                 span.rows);
     }
     if (kConfig.bulk_dq && thread_index_here() == 0) mail.wait_read();
     __syncthreads();
     if (mine) {
       const Place at(smem);
       const int half = static_cast<int>(at.grad_half());
+      // The other stage is free since the barrier that this step began with. Loaded into from here,
+      // where its address arithmetic runs beside a product, it is there in time.
       gradient<VRows, kDimVPairs>(dv, at, smem + kConfig.p_offset(), dout,
-                                  existing_pairs<kDimV / 16, 2, kDimVPairs>(half));
+                                  existing_pairs<kDimV / 16, 2, kDimVPairs>(half), [&](int step) {
+                                    if (kStages == 2 && step == kM / 16 - 1) load_following();
+                                  });
       gradient<QkRows, kDimPairs>(dk, at, smem + kConfig.ds_offset(), q,
                                   existing_pairs<kDim / 16, 2, kDimPairs>(half));
+    } else if (kStages == 2) {
+      load_following();
     }
     if (kStages == 1) {
       __syncthreads();
-      load_following(0);
+      load_following();
     }
+    const Span now = span;
+    const Walk here = walk;
+    const auto go_on = [&] {
+      more = walk.next(smem);
+      span = Span(smem, walk.row0);
+    };
     if (p.dq_accumulator != nullptr) {
-      float* dq = p.dq_accumulator + (static_cast<i64>(walk.head) * p.total_q + walk.row0) * kDim;
-      add_dq(Place(smem), dq, walk.row0, rows, seen);
+      float* dq = p.dq_accumulator + (static_cast<i64>(here.head) * p.total_q + here.row0) * kDim;
+      add_dq(Place(smem), dq, here.row0, now.rows, now.seen, go_on);
       if constexpr (kConfig.bulk_dq) {
         fence_proxy_async();
-        if (thread_index_here() == 0) mail.write(dq, rows);
+        if (thread_index_here() == 0) mail.write(dq, now.rows);
       }
+    } else {
+      go_on();
     }
-    if (kStages == 2) stage ^= 1;
-  } while (walk.next(smem));
+  } while (more);
   __syncthreads();
   if (kConfig.bulk_dq && threadIdx.x == 0) {
     mail.send();

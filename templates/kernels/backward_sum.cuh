@@ -1,8 +1,12 @@
-// Turns f32 accumulators into gradients: scales and rounds dq, and adds up the shares of dk and dv.
+// Turns f32 accumulators into gradients: adds up the shares of dk and dv, and scales and rounds dq.
+// One launch for both: each costs the host as much as the rest of a call.
 //
-// Work      a thread makes 16 dims of one row of one head; dq: grid (rows x dims, heads); dk and
-//           dv: grid (shared tiles, kv heads, 2).
+// Work      a thread makes 16 dims of one row of one head. First the blocks of dk and dv, which may
+//           have many shares to read: tile by tile, kv head by kv head; those of tiles that nobody
+//           shares have nothing to do. Then those of dq, head by head.
 // Pipeline  none: everything is read and written once, in 16-byte chunks.
+// Barriers  none.
+// Registers what 16 dims take.
 // Shared    none.
 #pragma once
 
@@ -22,6 +26,7 @@ __device__ __forceinline__ void sum_pair(const float* from, int shares, i64 shar
   Float4 v[4];
 #pragma unroll
   for (int t = 0; t < 4; ++t) v[t] = ld_global_float4(from + t * 4);
+#pragma unroll 1  // more in flight would take registers from dq, which has one share
   for (int share = 1; share < shares; ++share) {
 #pragma unroll
     for (int t = 0; t < 4; ++t) {
@@ -64,10 +69,12 @@ __device__ __forceinline__ bool row_is_invalid(const BackwardParams& p, int row)
   return p.batch > 0 && row < cu[p.batch] && p.plan[p.seq_fault + low] != 0;
 }
 
-__device__ __forceinline__ void write_dq(const BackwardParams& p) {
+/// `block` counts the blocks of dq.
+__device__ __forceinline__ void write_dq(const BackwardParams& p, int block) {
   constexpr int kPairs = kConfig.padded_dim() / 16;
-  const i64 index = static_cast<i64>(blockIdx.x) * kElementwiseThreads + threadIdx.x;
-  const int head = static_cast<int>(blockIdx.y);
+  const int blocks = static_cast<int>(kConfig.dq_sum_blocks(kConfig.padded_dim(), p.total_q));
+  const int head = block / blocks;
+  const i64 index = static_cast<i64>(block - head * blocks) * kElementwiseThreads + threadIdx.x;
   const int row = static_cast<int>(index / kPairs);
   const int pair = static_cast<int>(index % kPairs);
   if (row >= p.total_q) return;
@@ -79,22 +86,22 @@ __device__ __forceinline__ void write_dq(const BackwardParams& p) {
     if (whole) st_global_int4(to + 8, nan);
     return;
   }
-  const int place = kConfig.dq_place(row, pair);
+  const int place = kConfig.dq_place(kConfig.padded_dim(), row, pair);
   const float* from = p.dq_accumulator +
                       (static_cast<i64>(head) * p.total_q + row) * kConfig.padded_dim() +
                       place * 16;
   sum_pair(from, 1, 0, p.softmax_scale, to, whole);
 }
 
+/// Part `part` of the gradient `out` of a tile's keys.
 template <int kDims>
-__device__ __forceinline__ void sum_tile(const BackwardParams& p, const float* shares, float scale,
-                                         void* out, i64 token_stride, i64 head_stride) {
+__device__ __forceinline__ void sum_tile(const BackwardParams& p, int tile, int head, int part,
+                                         const float* shares, float scale, void* out,
+                                         i64 token_stride, i64 head_stride) {
   constexpr int kPadded = (kDims + 15) / 16 * 16;
   constexpr int kPairs = kPadded / 16;
   constexpr i64 kSlab = static_cast<i64>(kConfig.block_n) * kPadded;
-  const int tile = static_cast<int>(blockIdx.x);
-  const int head = static_cast<int>(blockIdx.y);
-  const int i = static_cast<int>(blockIdx.z / 2 * kElementwiseThreads + threadIdx.x);
+  const int i = part * kElementwiseThreads + static_cast<int>(threadIdx.x);
   const int* entry =
       p.schedule + kScheduleHeaderInts + p.max_units * kScheduleUnitInts + tile * kScheduleTileInts;
   const Int4 order = ld_plan_int4(p.plan + p.key_order + 4LL * tile);
@@ -107,15 +114,30 @@ __device__ __forceinline__ void sum_tile(const BackwardParams& p, const float* s
            to + key * token_stride + pair * 16, pair * 16 + 16 <= kDims);
 }
 
-/// Grid (max_split, heads_kv, 2 x parts of a tile): dk and dv of the tiles that several blocks
-/// shared.
-__device__ __forceinline__ void write_dk_dv(const BackwardParams& p) {
-  if (static_cast<int>(blockIdx.x) >= p.schedule[0]) return;
-  if (blockIdx.z % 2 == 0) {
-    sum_tile<kConfig.head_dim>(p, p.dk_shares, p.softmax_scale, p.dk, p.dk_token_stride,
-                               p.dk_head_stride);
+/// `block` counts the blocks of dk and dv: those of the tiles that several blocks shared have work.
+__device__ __forceinline__ void write_dk_dv(const BackwardParams& p, int block) {
+  constexpr int kBlocks = kConfig.tile_sum_blocks();
+  const int head_of_tile = block / kBlocks;
+  const int part = block - head_of_tile * kBlocks;
+  const int tile = head_of_tile / p.heads_kv;
+  const int head = head_of_tile - tile * p.heads_kv;
+  if (tile >= p.schedule[0]) return;
+  if (part % 2 == 0) {
+    sum_tile<kConfig.head_dim>(p, tile, head, part / 2, p.dk_shares, p.softmax_scale, p.dk,
+                               p.dk_token_stride, p.dk_head_stride);
   } else {
-    sum_tile<kConfig.head_dim_v>(p, p.dv_shares, 1.0f, p.dv, p.dv_token_stride, p.dv_head_stride);
+    sum_tile<kConfig.head_dim_v>(p, tile, head, part / 2, p.dv_shares, 1.0f, p.dv,
+                                 p.dv_token_stride, p.dv_head_stride);
+  }
+}
+
+__device__ __forceinline__ void sum(const BackwardParams& p) {
+  const int block = static_cast<int>(blockIdx.x);
+  const int shares = p.max_split * p.heads_kv * kConfig.tile_sum_blocks();
+  if (block < shares) {
+    write_dk_dv(p, block);
+  } else {
+    write_dq(p, block - shares);
   }
 }
 

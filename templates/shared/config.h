@@ -161,6 +161,9 @@ struct ForwardSm90Config {
   }
 };
 
+/// Threads per block of the kernels that only read and write rows once.
+inline constexpr int kElementwiseThreads = 256;
+
 /// Everything a backward kernel is specialised on. Rows in shared memory are padded to whole 16-dim
 /// MMA steps with zeros.
 struct BackwardConfig {
@@ -219,8 +222,21 @@ struct BackwardConfig {
 
   /// Accumulators of dq hold 16 dims in a place; odd rows swap neighbouring places, so that two
   /// rows of a step that are written together lie in different banks of shared memory.
-  TREEATTN_HOST_DEVICE constexpr int dq_place(int row, int pair) const {
-    return padded_dim() / 16 % 2 == 0 ? pair ^ (row & 1) : pair;
+  /// (Static, as nvcc has no kConfig to call it on with what is known at run time only.)
+  TREEATTN_HOST_DEVICE static constexpr int dq_place(int padded_dim, int row, int pair) {
+    return padded_dim / 16 % 2 == 0 ? pair ^ (row & 1) : pair;
+  }
+
+  // Blocks of the last kernel, whose threads make 16 dims each.
+  /// For dk and dv of one tile and kv head: parts of dk and of dv in turns.
+  TREEATTN_HOST_DEVICE constexpr int tile_sum_blocks() const {
+    const int dims = padded_dim() > padded_dim_v() ? padded_dim() : padded_dim_v();
+    return 2 * ((block_n * (dims / 16) + kElementwiseThreads - 1) / kElementwiseThreads);
+  }
+  /// For dq of one head.
+  TREEATTN_HOST_DEVICE static constexpr long long dq_sum_blocks(int padded_dim, int total_q) {
+    const long long threads = static_cast<long long>(total_q) * (padded_dim / 16);
+    return (threads + kElementwiseThreads - 1) / kElementwiseThreads;
   }
 };
 
@@ -259,8 +275,5 @@ struct BackwardDqConfig {
     return mask_offset() + stages * mask_stage_bytes();
   }
 };
-
-/// Threads per block of the kernels that only read and write rows once.
-inline constexpr int kElementwiseThreads = 256;
 
 }  // namespace treeattn

@@ -61,7 +61,7 @@ TEST_P(CompileMatrixSlow, DefaultSpecsCompileWithoutSpills) {
   for (const Compiled& compiled : compile_all(default_specs(pass, target))) {
     const std::string text = to_string(compiled.spec);
     ASSERT_TRUE(compiled.result.artifact) << text << ": " << compiled.result.failure;
-    ASSERT_EQ(compiled.result.artifact->entries.size(), pass == Pass::kBackward ? 4U : 1U);
+    ASSERT_EQ(compiled.result.artifact->entries.size(), pass == Pass::kBackward ? 3U : 1U);
     for (const EntryFacts& facts : compiled.result.artifact->entries) {
       EXPECT_EQ(facts.spill_bytes, 0) << text << " " << facts.name;
       EXPECT_GT(facts.registers, 15) << text << ": ptxas said nothing";

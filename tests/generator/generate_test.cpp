@@ -56,12 +56,11 @@ TEST(Generate, EntriesAreDefinedWithTheirLaunchBounds) {
 TEST(Generate, BackwardEntriesAreInLaunchOrder) {
   const GeneratedSource source =
       generate(parse_kernel_spec("bwd/sm80@sm_90/bf16/d128v128/m64n128s2w8"));
-  ASSERT_EQ(source.entries.size(), 4U);
+  ASSERT_EQ(source.entries.size(), 3U);
   const std::string name = "treeattn_bwd_sm80_bf16_d128v128_m64n128s2w8";
   EXPECT_EQ(source.entries[0].name, name + "_prepare");
   EXPECT_EQ(source.entries[1].name, name);
-  EXPECT_EQ(source.entries[2].name, name + "_dq");
-  EXPECT_EQ(source.entries[3].name, name + "_dkdv");
+  EXPECT_EQ(source.entries[2].name, name + "_sum");
   EXPECT_THAT(source.text, HasSubstr("/*bulk_dq=*/true"));
   const GeneratedSource older =
       generate(parse_kernel_spec("bwd/sm80@sm_80/bf16/d128v128/m64n128s2w8"));

@@ -7,7 +7,9 @@
 #include <chrono>
 #include <cmath>
 #include <cstdio>
+#include <functional>
 #include <semaphore>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -87,7 +89,7 @@ RandomCase tree_case() {
 /// A case on the device with its kernels loaded and its plan built.
 struct Ready {
   RandomCase c = tree_case();
-  DeviceCase on{c, false};
+  DeviceCase on{c, true};
   GuardedBuffer cu_q{c.cu_q}, cu_k{c.cu_k}, start{c.start}, end{c.end};
   std::vector<float> lse;
   ForwardArgs args = on.forward_args(c);
@@ -103,28 +105,68 @@ struct Ready {
   }
 };
 
-TEST_F(HostCost, AHotForwardCallAllocatesNothingAndIsCheap) {
-  const Ready r;
+/// Median host time of a hot call, which must allocate on neither side.
+double hot_call_us(const std::string& name, const std::function<void(CUstream)>& call) {
   const StreamOwner stream;
-  for (int n = 0; n < 10; ++n) gpu_engine().forward(r.args, stream.get());
+  for (int n = 0; n < 10; ++n) call(stream.get());
   stream.synchronize();
   const std::size_t free_bytes = free_device_bytes();
   std::vector<double> us;
   long allocations = 0;
   for (int n = 0; n < 500; ++n) {
     const auto begin = std::chrono::steady_clock::now();
-    allocations += test::count_allocations([&] { gpu_engine().forward(r.args, stream.get()); });
+    allocations += test::count_allocations([&] { call(stream.get()); });
     us.push_back(std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - begin)
                      .count());
     if (n % 50 == 49) stream.synchronize();
   }
+  EXPECT_EQ(allocations, 0) << name;
+  EXPECT_EQ(free_device_bytes(), free_bytes) << name;
   std::ranges::sort(us);
   const double median = us[us.size() / 2];
-  std::printf("hot forward call: median %.2f us of host time\n", median);
-  RecordProperty("hot_forward_call_us", std::to_string(median));
-  EXPECT_EQ(allocations, 0);
-  EXPECT_EQ(free_device_bytes(), free_bytes);
-  EXPECT_LT(median, 50);
+  std::printf("hot %s call: median %.2f us of host time\n", name.c_str(), median);
+  GpuTest::RecordProperty("hot_" + name + "_call_us", std::to_string(median));
+  return median;
+}
+
+TEST_F(HostCost, AHotForwardCallAllocatesNothingAndIsCheap) {
+  const Ready r;
+  EXPECT_LT(hot_call_us("forward", [&](CUstream s) { gpu_engine().forward(r.args, s); }), 50);
+}
+
+TEST_F(HostCost, AHotBackwardCallAllocatesNothingAndIsCheap) {
+  const Ready r;
+  const std::int64_t q_step = std::int64_t{r.c.heads} * 128;
+  const std::int64_t k_step = std::int64_t{r.c.heads_kv} * 128;
+  const GuardedBuffer dq(static_cast<std::size_t>(r.c.total_q * q_step * 2));
+  const GuardedBuffer dk(static_cast<std::size_t>(r.c.total_k * k_step * 2));
+  const GuardedBuffer dv(static_cast<std::size_t>(r.c.total_k * k_step * 2));
+  BackwardArgs args;
+  args.dtype = r.args.dtype;
+  args.heads = r.args.heads;
+  args.heads_kv = r.args.heads_kv;
+  args.head_dim = r.args.head_dim;
+  args.q = r.args.q;
+  args.k = r.args.k;
+  args.v = r.args.v;
+  args.out = args.dout = {r.args.out.data, r.args.out.token_stride, r.args.out.head_stride};
+  args.lse = r.args.lse;
+  args.dq = {dq.as(), q_step, 128};
+  args.dk = {dk.as(), k_step, 128};
+  args.dv = {dv.as(), k_step, 128};
+  args.softmax_scale = r.args.softmax_scale;
+  args.plan = r.args.plan;
+  args.plan_buffer = r.args.plan_buffer;
+  for (const bool deterministic : {false, true}) {
+    args.deterministic = deterministic;
+    const GuardedBuffer workspace(gpu_engine().backward_workspace_bytes(
+        r.on.plan(), shape_of_case(r.c, true), deterministic));
+    args.workspace = workspace.as();
+    args.workspace_bytes = workspace.bytes();
+    const char* const name = deterministic ? "deterministic_backward" : "backward";
+    EXPECT_LT(hot_call_us(name, [&](CUstream s) { gpu_engine().backward(args, s); }), 50);
+    EXPECT_TRUE(workspace.intact());
+  }
 }
 
 TEST_F(HostCost, BuildingAPlanAllocatesNothing) {

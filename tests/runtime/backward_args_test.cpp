@@ -125,12 +125,46 @@ TEST(BackwardLaunch, DeterministicModeSharesNothingAndMakesDqElsewhere) {
   const BackwardLaunch launch = f.launch();
   EXPECT_EQ(launch.params.max_units, 0);
   EXPECT_EQ(launch.params.dq_accumulator, nullptr);
-  EXPECT_EQ(launch.dq.x, 0U);
-  EXPECT_EQ(launch.dk_dv.x, 0U);
+  EXPECT_EQ(launch.sum.x, 0U);
   BackwardParams params = launch.params;
   const Grid grid = add_dq_launch(params, to_plan_shape(f.plan), f.spec(Pass::kBackwardDq));
   EXPECT_GE(grid.x, 4U * kTokens / f.spec(Pass::kBackwardDq).tile.block_m);
   EXPECT_NE(params.key_tiles, launch.params.key_tiles) << "another view";
+}
+
+// The kernel numbers its blocks as this sum: those of dk and dv, then those of dq.
+TEST(BackwardLaunch, OneLaunchSumsWhatTheMainKernelLeft) {
+  Fixture f;
+  const BackwardLaunch launch = f.launch();
+  const BackwardConfig config = backward_config(f.spec());
+  const unsigned dk_dv =
+      static_cast<unsigned>(launch.params.max_split * f.args.heads_kv * config.tile_sum_blocks());
+  ASSERT_GT(dk_dv, 0U);
+  const unsigned dq_threads = kTokens * 64 / 16;
+  EXPECT_EQ(launch.sum.x - dk_dv, 4 * ((dq_threads + 255) / 256));
+  EXPECT_EQ(launch.sum.y * launch.sum.z, 1U);
+  // Every key's 4 x 16 dims have a thread, for dk and for dv.
+  EXPECT_GE(config.tile_sum_blocks() * kElementwiseThreads, 2 * config.block_n * 4);
+}
+
+TEST(BackwardLaunch, WideValuesNeedAsManyBlocksAsWideKeys) {
+  const auto blocks = [](const char* text) {
+    return backward_config(parse_kernel_spec(text)).tile_sum_blocks();
+  };
+  EXPECT_EQ(blocks("bwd/sm80@sm_90/bf16/d64v128/m64n128s2w8"), 2 * 128 * 8 / 256);
+  EXPECT_EQ(blocks("bwd/sm80@sm_90/bf16/d128v64/m64n128s2w8"), 2 * 128 * 8 / 256);
+  EXPECT_EQ(blocks("bwd/sm80@sm_90/bf16/d72v72/m64n64s2w8"), 2 * 2) << "80 dims: 320 threads";
+}
+
+TEST(BackwardLaunch, WithoutKeysOrQueriesOnlyTheOthersGetTheirZeros) {
+  Fixture no_queries;
+  no_queries.plan.total_q = 0;
+  EXPECT_GT(no_queries.launch().main.x, 0U);
+  EXPECT_EQ(no_queries.launch().sum.x, 0U);
+  Fixture no_keys;
+  no_keys.plan.total_k = 0;
+  EXPECT_EQ(no_keys.launch().main.x, 0U);
+  EXPECT_EQ(no_keys.launch().sum.x, 4U * 16) << "dq alone";
 }
 
 TEST(BackwardLaunch, APlanWithoutTheTilesIsRefused) {

@@ -34,8 +34,10 @@ namespace {
 
 using test::FakeDriver;
 using ::testing::ElementsAre;
+using ::testing::EndsWith;
 using ::testing::HasSubstr;
 using ::testing::IsEmpty;
+using ::testing::MatchesRegex;
 using ::testing::SizeIs;
 
 /// Engines keep their kernels in the user's cache folder; fake ones must never get there. The
@@ -114,6 +116,30 @@ class CudaEngine : public ::testing::Test {
     a.workspace_bytes = kForwardWorkspaceBytes;
     return a;
   }
+  /// The same for backward.
+  BackwardArgs backward_args(const Plan& plan, int dim, bool deterministic) {
+    BackwardArgs a;
+    a.heads = 4;
+    a.heads_kv = 2;
+    a.head_dim = dim;
+    a.q = a.out = a.dout = {memory_, 4 * dim, dim};
+    a.k = a.v = {memory_, 2 * dim, dim};
+    a.lse = reinterpret_cast<const float*>(memory_);
+    a.dq = {memory_, 4 * dim, dim};
+    a.dk = a.dv = {memory_, 2 * dim, dim};
+    a.softmax_scale = 1;
+    a.deterministic = deterministic;
+    a.plan = &plan;
+    a.plan_buffer = reinterpret_cast<const std::int32_t*>(memory_);
+    a.workspace = memory_;
+    a.workspace_bytes = std::size_t{1} << 40;
+    return a;
+  }
+  Plan backward_plan(const Engine& engine, int dim) const {
+    Shape one = shape(dim);
+    one.backward = true;
+    return engine.plan_for(kTotal, kTotal, 1, {&one, 1});
+  }
   CUstream stream() { return reinterpret_cast<CUstream>(memory_ + 1); }
 
   alignas(16) std::byte memory_[64]{};
@@ -166,6 +192,39 @@ TEST_F(CudaEngine, ForwardIsOneLaunchOnTheStream) {
   EXPECT_EQ(params.q_token_stride, 4 * 64);
   EXPECT_EQ(params.heads_per_kv, 2);
   EXPECT_EQ(engine.stats().launches, 1U);
+}
+
+// A launch costs the host some 3 us, more than everything else of a call.
+TEST_F(CudaEngine, BackwardIsThreeLaunchesInOrder) {
+  Engine engine;
+  const Plan plan = backward_plan(engine, 64);
+  driver_.launch_params_bytes = sizeof(BackwardParams);
+  engine.backward(backward_args(plan, 64, false), stream());
+  const auto launches = driver_.launches();
+  ASSERT_THAT(launches, SizeIs(3));
+  EXPECT_THAT(launches[0].entry, EndsWith("_prepare"));
+  EXPECT_THAT(launches[1].entry, MatchesRegex(".*_m[0-9]+n[0-9]+s[0-9]w[0-9]"));
+  EXPECT_THAT(launches[2].entry, EndsWith("_sum"));
+  for (const FakeDriver::Launch& launch : launches) {
+    EXPECT_EQ(launch.config.hStream, stream());
+    EXPECT_EQ(launch.context, driver_.context(0));
+    EXPECT_EQ(launch.params, launches[0].params);
+  }
+  EXPECT_EQ(launches[2].config.blockDimX, static_cast<unsigned>(kElementwiseThreads));
+  EXPECT_EQ(engine.stats().launches, 3U);
+}
+
+TEST_F(CudaEngine, DeterministicBackwardEndsWithTheKernelOfDq) {
+  Engine engine;
+  const Plan plan = backward_plan(engine, 64);
+  driver_.launch_params_bytes = sizeof(BackwardParams);
+  engine.backward(backward_args(plan, 64, true), stream());
+  const auto launches = driver_.launches();
+  ASSERT_THAT(launches, SizeIs(3));
+  EXPECT_THAT(launches[0].entry, EndsWith("_prepare"));
+  EXPECT_THAT(launches[1].entry, HasSubstr("bwd_sm80"));
+  EXPECT_THAT(launches[2].entry, HasSubstr("bwd_dq_sm80"));
+  EXPECT_NE(launches[2].params, launches[1].params) << "it walks its own tiles";
 }
 
 TEST_F(CudaEngine, NoQueriesMeansNoLaunch) {
@@ -515,18 +574,22 @@ TEST_F(CudaEngine, APreparedKernelIsCapturedWithoutAWord) {
 TEST_F(CudaEngine, HotCallsNeitherAllocateNorWaitNorLoad) {
   Engine engine;
   // The larger head dim's default tile comes after others that do not fit it.
-  const std::vector<Shape> shapes{shape(64), shape(256)};
+  std::vector<Shape> shapes{shape(64), shape(256)};
+  for (Shape& each : shapes) each.backward = true;
   const Plan plan = engine.plan_for(kTotal, kTotal, 1, shapes);
   const ForwardArgs a = args(plan, 64);
   const ForwardArgs large = args(plan, 256);
   ForwardArgs strided = large;
   strided.k.token_stride = 0;
+  const BackwardArgs b = backward_args(plan, 64, false);
+  const BackwardArgs deterministic = backward_args(plan, 64, true);
   PlanInputs inputs;
   inputs.lowering = Lowering::kFull;
   inputs.cu_seqlens_q = inputs.cu_seqlens_k = reinterpret_cast<const std::int32_t*>(memory_);
   auto* buffer = reinterpret_cast<std::int32_t*>(memory_);
   engine.build_plan(plan, inputs, buffer);
   for (const ForwardArgs& each : {a, large, strided}) engine.forward(each);
+  engine.backward(deterministic);
   DriverTable& d = driver_.table;
   forbidden_calls = 0;
   d.cuMemAlloc = forbid(d.cuMemAlloc);
@@ -543,6 +606,8 @@ TEST_F(CudaEngine, HotCallsNeitherAllocateNorWaitNorLoad) {
   d.cuKernelSetAttribute = forbid(d.cuKernelSetAttribute);
   d.cuDeviceGetAttribute = forbid(d.cuDeviceGetAttribute);
   d.cuTensorMapEncodeTiled = [](CUtensorMap*, auto...) { return CUDA_SUCCESS; };
+  d.cuCtxGetDevice = forbid(d.cuCtxGetDevice);
+  d.cuStreamIsCapturing = forbid(d.cuStreamIsCapturing);
   static std::atomic<int> launches{0};
   launches = 0;
   d.cuLaunchKernelEx = [](const CUlaunchConfig*, CUfunction, void**, void**) {
@@ -554,6 +619,8 @@ TEST_F(CudaEngine, HotCallsNeitherAllocateNorWaitNorLoad) {
     engine.forward(a, stream());
     engine.forward(large, stream());
     engine.forward(strided, stream());
+    engine.backward(b, stream());
+    engine.backward(deterministic, stream());
   };
 // AddressSanitizer minds which operator new belongs to which delete; the counter replaces some.
 #if defined(__SANITIZE_ADDRESS__)
@@ -561,7 +628,7 @@ TEST_F(CudaEngine, HotCallsNeitherAllocateNorWaitNorLoad) {
 #else
   EXPECT_EQ(test::count_allocations(calls), 0);
 #endif
-  EXPECT_EQ(launches, 4 + 3);
+  EXPECT_EQ(launches, 4 + 3 + 3 + 3);
   EXPECT_EQ(forbidden_calls, 0);
 }
 

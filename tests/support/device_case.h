@@ -55,6 +55,7 @@ class GuardedBuffer {
   T* as() const {
     return bytes_ == 0 ? nullptr : reinterpret_cast<T*>(buffer_.address() + kGuardBytes);
   }
+  std::size_t bytes() const { return bytes_; }
   void upload(const void* data, std::size_t bytes);
   void download(void* to, std::size_t bytes) const;
   /// Whether every guard byte is as it was.
