@@ -56,7 +56,9 @@ std::vector<Integer> whole_numbers(const std::string& path, const Json& list,
   if (!list.is_array()) refuse_file(path, fmt::format("has '{}' that is not a list", name));
   std::vector<Integer> numbers;
   for (const Json& item : list) {
-    const bool whole = item.is_number_integer();
+    // Beyond int64, get() would wrap around.
+    const bool whole = item.is_number_integer() &&
+                       (!item.is_number_unsigned() || item.get<std::uint64_t>() <= INT64_MAX);
     const auto value = whole ? item.get<std::int64_t>() : 0;
     if (!whole || value < std::numeric_limits<Integer>::min() ||
         value > std::numeric_limits<Integer>::max()) {

@@ -130,6 +130,11 @@ TEST(CliTreeShow, BadInputsAreNamed) {
       cli.run(
           {"tree", "show", cli.write("bad.json", R"({"start": [0, 3000000000], "end": [0, 1]})")}),
       {"3000000000", "start"});
+  expect_usage_error(
+      cli.run(
+          {"tree", "show",
+           cli.write("bad.json", R"({"parents": [-1, 18446744073709551615], "lengths": [1, 1]})")}),
+      {"18446744073709551615", "parents"});
 }
 
 TEST(CliTreeShow, BrokenTreesAndMissingFilesAreFailures) {
