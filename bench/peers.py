@@ -1,63 +1,102 @@
 #!/usr/bin/env python3
 """Times treeattn beside PyTorch's attention on one GPU, in one run, and writes a table and a plot.
 
-Contenders: treeattn (by `treeattn bench --json`), torch SDPA with its FlashAttention-2 and cuDNN
-backends on chains, FlexAttention with a compiled block mask on trees. All compute with random normal
-inputs in bf16. Useful TFLOP/s count only the pairs that the tree allows.
+Contenders:
+  treeattn  `treeattn bench --json`, once for every choice in --families
+  fa2       torch SDPA, FlashAttention-2 backend, on chains (rows that share nothing)
+  cudnn     torch SDPA, cuDNN backend, on chains
+  flex      FlexAttention with a compiled block mask, on chains and trees
+
+All compute with random normal inputs in bf16, forward and backward. Useful TFLOP/s count only the
+pairs that the tree allows. PyTorch runs in a process of its own, which is ended and started again
+when a measurement takes longer than its limit, so that one that hangs costs nothing but its time.
+Every figure is appended to peers.jsonl as soon as it is known: a run that is cut keeps what it
+measured, and a later run with the same --out adds to it (--report: only writes the table anew).
 
     bench/peers.py --treeattn build/bin/treeattn --out docs/measurements/2026-11-h200
+    bench/peers.py --out docs/measurements/2026-11-h200 --only flex --workloads binary:9,64
 """
 
 import argparse
+import collections
+import datetime
 import json
-import contextlib
+import os
 import pathlib
+import re
+import select
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
-CHAINS = {64: "chain:16384", 128: "chain:16384", 256: "chain:8192"}
-TREES = [
-    "fork:4096,16x1024",
-    "fork:4001,16x1013",
-    "fork:1024,16x2048",
-    "binary:6,512",
-    "binary:6,500",
-    "binary:9,64",
-    "binary:9,61",
-    "fork:128,4x4096",
-    "fork:2048,1024x12",
+CONTENDERS = ("treeattn", "fa2", "cudnn", "flex")
+LABELS = {"fa2": "torch FA2", "cudnn": "torch cuDNN", "flex": "FlexAttention"}
+
+Case = collections.namedtuple("Case", "workload heads heads_kv head_dim")
+# The yardsticks: what figures of their head dim are quoted as multiples of.
+CHAINS = [
+    Case("chain:16384", 32, 32, 64),
+    Case("chain:16384", 16, 16, 128),
+    Case("chain:8192", 8, 8, 256),
 ]
+TREES = [
+    Case(workload, 32, 8, 128)
+    for workload in (
+        "fork:4096,16x1024",
+        "fork:4001,16x1013",
+        "fork:1024,16x2048",
+        "binary:6,512",
+        "binary:6,500",
+        "binary:9,64",
+        "binary:9,61",
+        "fork:128,4x4096",
+        "fork:2048,1024x12",
+    )
+]
+# Launch-bound ones, the last beside what it costs without sharing.
+SMALL = [
+    Case(workload, 64, 8, 128)
+    for workload in ("chain:1024", "chain:2048", "fork:256,4x128", "4*chain:384")
+]
+CASES = CHAINS + TREES + SMALL
 
 
-def parse_tree(spec):
-    """Nodes {parent, tokens} of a chain, fork or binary workload, in depth-first order."""
-    kind, _, rest = spec.partition(":")
-    if kind == "chain":
-        return [(-1, int(rest))]
-    if kind == "fork":
-        prompt, _, responses = rest.partition(",")
-        count, _, length = responses.partition("x")
-        return [(-1, int(prompt))] + [(0, int(length))] * int(count)
-    if kind == "binary":
-        depth, _, length = rest.partition(",")
+def parse_workload(spec):
+    """(copies, nodes): nodes are (parent, tokens) of one tree in depth-first order."""
+    match = re.fullmatch(r"(?:(\d+)\*)?(chain|fork|binary):([0-9,x]+)", spec)
+    expected = f"workload {spec!r}: expected chain:N, fork:P,RxL, binary:D,S or K copies as K*SPEC"
+    if not match:
+        raise ValueError(expected)
+    copies, kind, numbers = int(match[1] or 1), match[2], match[3]
+    if kind == "chain" and re.fullmatch(r"\d+", numbers):
+        return copies, [(-1, int(numbers))]
+    if kind == "fork" and re.fullmatch(r"\d+,\d+x\d+", numbers):
+        prompt, count, length = (int(number) for number in re.split("[,x]", numbers))
+        return copies, [(-1, prompt)] + [(0, length)] * count
+    if kind == "binary" and re.fullmatch(r"\d+,\d+", numbers):
+        depth, length = (int(number) for number in numbers.split(","))
         nodes = []
 
         def grow(parent, level):
-            nodes.append((parent, int(length)))
+            nodes.append((parent, length))
             me = len(nodes) - 1
             if level > 1:
                 grow(me, level - 1)
                 grow(me, level - 1)
 
-        grow(-1, int(depth))
-        return nodes
-    raise ValueError(f"workload {spec!r}: expected chain:N, fork:P,RxL or binary:D,S")
+        grow(-1, depth)
+        return copies, nodes
+    raise ValueError(expected)
+
+
+def is_chain(workload):
+    return len(parse_workload(workload)[1]) == 1
 
 
 def tree_arrays(nodes):
-    """tree_dfs_order_start_q and tree_dfs_order_end_k of every token."""
+    """tree_dfs_order_start_q and tree_dfs_order_end_k of every token of one tree."""
     last = list(range(len(nodes)))
     for i in range(len(nodes) - 1, 0, -1):
         parent = nodes[i][0]
@@ -70,25 +109,32 @@ def tree_arrays(nodes):
     return start, end
 
 
-def visible_pairs(nodes):
+def visible_pairs(workload):
     """(query, key) pairs: every token sees its ancestors' tokens and its own node up to itself."""
+    copies, nodes = parse_workload(workload)
     above, pairs = [], 0
     for parent, tokens in nodes:
         context = 0 if parent < 0 else above[parent] + nodes[parent][1]
         above.append(context)
         pairs += tokens * context + tokens * (tokens + 1) // 2
-    return pairs
+    return copies * pairs
 
 
-def heads_of(workload, head_dim):
-    if workload.startswith("chain:"):
-        return {64: (32, 32), 128: (16, 16), 256: (8, 8)}[head_dim]
-    return (32, 8)
+def useful_flops(case, which):
+    per_pair = 10 if which == "bwd" else 4
+    return per_pair * case.heads * case.head_dim * visible_pairs(case.workload)
 
 
-def useful_flops(workload, head_dim, backward):
-    heads, _ = heads_of(workload, head_dim)
-    return (10 if backward else 4) * heads * head_dim * visible_pairs(parse_tree(workload))
+def usual_case(workload, head_dim=128):
+    """The case that a workload stands for: a listed one, else 32 query heads on 8."""
+    for case in CASES:
+        if case.workload == workload and case.head_dim == head_dim:
+            return case
+    parse_workload(workload)
+    return Case(workload, 32, 8, head_dim)
+
+
+# The process that PyTorch runs in: one task a line on standard input, records on standard output.
 
 
 def median_ms(torch, call, budget_s):
@@ -109,164 +155,397 @@ def median_ms(torch, call, budget_s):
     return sorted(before.elapsed_time(after) for before, after in pairs)[reps // 2]
 
 
-def inputs(torch, workload, head_dim):
-    tokens = sum(length for _, length in parse_tree(workload))
-    heads, heads_kv = heads_of(workload, head_dim)
+def draw_inputs(torch, case, heads_kv):
+    copies, nodes = parse_workload(case.workload)
+    tokens = sum(length for _, length in nodes)
 
     def draw(count):
-        shape = (1, count, tokens, head_dim)
+        shape = (copies, count, tokens, case.head_dim)
         return torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
 
-    return draw(heads), draw(heads_kv), draw(heads_kv)
+    return draw(case.heads), draw(heads_kv), draw(heads_kv)
 
 
-def time_both(torch, attend, q, k, v, budget_s):
-    """Milliseconds of forward and backward."""
-    forward = median_ms(torch, lambda: attend(q, k, v), budget_s)
-    out = attend(q, k, v)
+def time_passes(torch, attend, tensors, budget_s, emit):
+    """Emits milliseconds of forward, then of backward, each as soon as it is known."""
+    begin = time.perf_counter()
+    out = attend(*tensors)
+    torch.cuda.synchronize()
+    first_s = time.perf_counter() - begin
+    del out
+    # As in training: what backward needs is kept.
+    emit("fwd", median_ms(torch, lambda: attend(*tensors), budget_s), first_s)
+    out = attend(*tensors)
     dout = torch.randn_like(out)
-    backward = median_ms(
-        torch, lambda: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True), budget_s
-    )
-    return {"fwd": forward, "bwd": backward}
+
+    def backward():
+        return torch.autograd.grad(out, tensors, dout, retain_graph=True)
+
+    begin = time.perf_counter()
+    backward()
+    torch.cuda.synchronize()
+    first_s = time.perf_counter() - begin
+    emit("bwd", median_ms(torch, backward, budget_s), first_s)
 
 
-def run_sdpa(torch, backend, workload, head_dim, budget_s):
+def run_sdpa(torch, backend, case, budget_s, emit):
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    q, k, v = inputs(torch, workload, head_dim)
+    attention = torch.nn.functional.scaled_dot_product_attention
+    grouped = case.heads != case.heads_kv
     with sdpa_kernel(getattr(SDPBackend, backend)):
-        return time_both(
+        tensors = draw_inputs(torch, case, case.heads_kv)
+        note = {}
+        if grouped:
+            try:
+                attention(*tensors, is_causal=True, enable_gqa=True)
+            except (RuntimeError, TypeError):  # this backend or version knows no groups
+                grouped = False
+                note = {"note": "keys and values repeated for every query head"}
+                tensors = draw_inputs(torch, case, case.heads)
+        more = {"enable_gqa": True} if grouped else {}
+        time_passes(
             torch,
-            lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(
-                q, k, v, is_causal=True
-            ),
-            q,
-            k,
-            v,
+            lambda q, k, v: attention(q, k, v, is_causal=True, **more),
+            tensors,
             budget_s,
+            lambda which, ms, first_s: emit(which, ms, first_call_s=first_s, **note),
         )
 
 
-def run_flex(torch, workload, head_dim, budget_s):
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+class Flex:
+    """FlexAttention as it is meant to be used: one compiled function for all calls."""
 
-    start, end = (torch.tensor(a, device="cuda") for a in tree_arrays(parse_tree(workload)))
+    def __init__(self, torch):
+        from torch.nn.attention import flex_attention
 
-    def allowed(batch, head, row, key):
-        return (key <= row) & (start[row] <= end[key])
+        # Every workload is another static shape. Beyond the usual limit of 8 the compiler gives up
+        # and runs the uncompiled function, which writes out all scores.
+        for name in ("recompile_limit", "cache_size_limit"):
+            if hasattr(torch._dynamo.config, name):
+                setattr(torch._dynamo.config, name, 256)
+        self.torch = torch
+        self.attention = torch.compile(flex_attention.flex_attention, dynamic=False)
+        self.create_mask_eagerly = flex_attention.create_block_mask
+        self.create_mask = torch.compile(self.create_mask_eagerly, dynamic=False)
 
-    tokens = len(start)
-    mask = torch.compile(create_block_mask)(allowed, None, None, tokens, tokens, device="cuda")
-    compiled = torch.compile(flex_attention, dynamic=False)
-    q, k, v = inputs(torch, workload, head_dim)
-    return time_both(
-        torch,
-        lambda q, k, v: compiled(q, k, v, block_mask=mask, enable_gqa=True),
-        q,
-        k,
-        v,
-        budget_s,
-    )
+    def run(self, case, budget_s, emit):
+        torch = self.torch
+        copies, nodes = parse_workload(case.workload)
+        start, end = (
+            torch.tensor(array, device="cuda", dtype=torch.int32) for array in tree_arrays(nodes)
+        )
+
+        def allowed(batch, head, row, key):
+            return (key <= row) & (start[row] <= end[key])
+
+        tokens = len(start)
+        begin = time.perf_counter()
+        # All copies have the same tree: one mask serves the batch.
+        note = {}
+        try:
+            mask = self.create_mask(allowed, None, None, tokens, tokens, device="cuda")
+        except Exception as error:  # it makes the same mask uncompiled, from all pairs
+            note = {"note": f"mask made uncompiled after {type(error).__name__}"}
+            mask = self.create_mask_eagerly(allowed, None, None, tokens, tokens, device="cuda")
+        torch.cuda.synchronize()
+        note["mask_s"] = time.perf_counter() - begin
+        more = {"enable_gqa": True} if case.heads != case.heads_kv else {}
+        time_passes(
+            torch,
+            lambda q, k, v: self.attention(q, k, v, block_mask=mask, **more),
+            draw_inputs(torch, case, case.heads_kv),
+            budget_s,
+            lambda which, ms, first_s: emit(which, ms, first_call_s=first_s, **note),
+        )
 
 
-def run_treeattn(binary, workload, head_dim):
-    heads, heads_kv = heads_of(workload, head_dim)
-    command = [binary, "bench", "--json", "--reps", "30", "--pass", "fwd,bwd"]
-    command += ["--head-dim", str(head_dim)]
-    command += ["--heads", str(heads), "--heads-kv", str(heads_kv), workload]
-    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
-    return [json.loads(line) for line in lines]
+def serve():
+    """Runs the tasks of standard input until it closes."""
+    # Whatever a compiler prints must not end up among the records.
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
 
+    def send(record):
+        out.write(json.dumps(record) + "\n")
+        out.flush()
 
-@contextlib.contextmanager
-def time_limit(seconds):
-    """Raises TimeoutError: compiling a mask can take longer than everything else."""
-
-    def stop(*_):
-        raise TimeoutError(f"stopped after {seconds:.0f} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        import torch
+
+        if not torch.cuda.is_available():
+            raise RuntimeError("torch finds no GPU")
+    except Exception as error:
+        send({"fatal": f"{type(error).__name__}: {error}"})
+        return
+    torch.manual_seed(1)
+    send({"device": torch.cuda.get_device_name(0), "torch": torch.__version__})
+    flex = None
+    for line in sys.stdin:
+        task = json.loads(line)
+        case = Case(*task["case"])
+
+        def emit(which, ms, **more):
+            send({"pass": which, "ms": ms, **more})
+
+        try:
+            if task["contender"] == "flex":
+                flex = flex or Flex(torch)
+                flex.run(case, task["budget"], emit)
+            else:
+                backend = {"fa2": "FLASH_ATTENTION", "cudnn": "CUDNN_ATTENTION"}[task["contender"]]
+                run_sdpa(torch, backend, case, task["budget"], emit)
+        except Exception as error:  # a peer that fails is a fact, not the end
+            send({"error": f"{type(error).__name__}: {error}".splitlines()[0][:300]})
+        try:
+            torch.cuda.empty_cache()
+        finally:
+            send({"done": True})
 
 
-class Run:
-    def __init__(self, out):
-        self.out = pathlib.Path(out)
-        self.out.mkdir(parents=True, exist_ok=True)
-        self.records = []
+# The process that drives them.
 
-    def add(self, contender, workload, head_dim, which, ms=None, error=None, **more):
+
+class Child:
+    """A process whose standard output is read line by line, with a deadline."""
+
+    def __init__(self, command, env=None, stderr=None):
+        # A session of its own, so that compilers it started end with it.
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            env=env,
+            start_new_session=True,
+        )
+        self.rest = b""
+
+    def write(self, record):
+        self.process.stdin.write((json.dumps(record) + "\n").encode())
+        self.process.stdin.flush()
+
+    def line(self, deadline):
+        """The next line as JSON; None at the end. Raises TimeoutError."""
+        descriptor = self.process.stdout.fileno()
+        while b"\n" not in self.rest:
+            left = deadline - time.monotonic()
+            if left <= 0 or not select.select([descriptor], [], [], left)[0]:
+                raise TimeoutError
+            more = os.read(descriptor, 1 << 16)
+            if not more:
+                return None
+            self.rest += more
+        line, _, self.rest = self.rest.partition(b"\n")
+        return json.loads(line)
+
+    def end(self):
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self.process.wait()
+        for stream in (self.process.stdin, self.process.stdout):
+            try:
+                stream.close()
+            except BrokenPipeError:
+                pass
+
+
+class Torch:
+    """PyTorch's process, started when first needed and again after it was ended."""
+
+    def __init__(self, limit_s):
+        self.limit_s = limit_s
+        self.child = None
+        self.facts = {}
+        self.broken = None
+
+    def measure(self, contender, case, budget_s, limit_s, emit):
+        """Passes records to `emit`; the reason why some are missing, or None."""
+        if self.broken:
+            return self.broken
+        try:
+            if self.child is None:
+                self.start()
+            self.child.write({"contender": contender, "case": case, "budget": budget_s})
+            deadline = time.monotonic() + limit_s
+            problem, spoilt = None, False
+            while True:
+                record = self.child.line(deadline)
+                if record is None:
+                    raise OSError("the process ended")
+                if "done" in record:
+                    if spoilt:
+                        self.stop()
+                    return problem
+                if "error" in record:
+                    problem = record["error"]
+                    spoilt = "CUDA error" in problem  # every later call would fail with it
+                else:
+                    emit(record)
+        except TimeoutError:
+            self.stop()
+            return f"stopped after {limit_s:.0f} s"
+        except (OSError, ValueError) as error:
+            self.stop()
+            return self.broken or f"{type(error).__name__}: {error}"
+
+    def start(self):
+        self.child = Child([sys.executable, os.path.abspath(__file__), "--serve"])
+        try:
+            hello = self.child.line(time.monotonic() + self.limit_s)
+        except TimeoutError:
+            hello = {"fatal": f"importing torch took more than {self.limit_s:.0f} s"}
+        if hello is None or "fatal" in hello:
+            self.broken = (hello or {}).get("fatal", "the process ended while torch was imported")
+            raise ValueError(self.broken)
+        self.facts = hello
+
+    def stop(self):
+        if self.child is not None:
+            self.child.end()
+            self.child = None
+
+
+def measure_treeattn(binary, family, case, limit_s, emit):
+    """Passes the lines of `treeattn bench` to `emit`; the reason why some are missing, or None."""
+    command = [binary, "bench", "--json", "--reps", "30", "--pass", "fwd,bwd"]
+    command += ["--head-dim", str(case.head_dim), "--heads", str(case.heads)]
+    command += ["--heads-kv", str(case.heads_kv), case.workload]
+    environment = {**os.environ, "TREEATTN_FAMILY": family}
+    with tempfile.TemporaryFile() as stderr:
+        try:
+            child = Child(command, environment, stderr)
+        except OSError as error:
+            return f"{type(error).__name__}: {error}"
+        deadline = time.monotonic() + limit_s
+        try:
+            while (line := child.line(deadline)) is not None:
+                emit(line)
+            status = child.process.wait()
+            if status == 0:
+                return None
+            stderr.seek(0)
+            said = stderr.read().decode(errors="replace").split("\n")[0]
+            return f"exit status {status}: {said}"
+        except TimeoutError:
+            return f"stopped after {limit_s:.0f} s"
+        except ValueError as error:
+            return f"no JSON: {error}"
+        finally:
+            child.end()
+
+
+class Records:
+    """peers.jsonl: what was measured, the newest of equals counting."""
+
+    def __init__(self, folder):
+        self.folder = pathlib.Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.path = self.folder / "peers.jsonl"
+        self.all = []
+        if self.path.exists():
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    continue  # the last line of a run that was cut
+                # Of before records carried them; head counts followed from the workload.
+                case = usual_case(record["workload"], record["head_dim"])
+                record.setdefault("heads", case.heads)
+                record.setdefault("heads_kv", case.heads_kv)
+                self.all.append(record)
+
+    def append_line(self, name, record):
+        with open(self.folder / name, "a+b") as file:
+            if file.tell() > 0:
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    file.write(b"\n")
+            file.write(json.dumps(record).encode() + b"\n")
+
+    def add(self, facts, label, case, which, ms=None, error=None, **more):
         record = {
-            "contender": contender,
-            "workload": workload,
-            "head_dim": head_dim,
+            "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            **facts,
+            "contender": label,
+            **case._asdict(),
             "pass": which,
             **more,
         }
         if error is not None:
             record["error"] = error
+            text = error
         else:
             record["ms"] = ms
-            flops = useful_flops(workload, head_dim, which == "bwd")
-            record["useful_tflops"] = flops / ms / 1e9
-        self.records.append(record)
-        text = error or f"{ms:9.3f} ms {record['useful_tflops']:7.1f} TFLOP/s"
-        print(f"{contender:16s} d{head_dim:<4d} {workload:20s} {which} {text}", flush=True)
+            record["useful_tflops"] = useful_flops(case, which) / ms / 1e9
+            text = f"{ms:9.3f} ms {record['useful_tflops']:7.1f} TFLOP/s"
+        self.all.append(record)
+        self.append_line("peers.jsonl", record)
+        heads = f"{case.heads}/{case.heads_kv}"
+        print(
+            f"{label:16s} d{case.head_dim:<4d} {heads:6s} {case.workload:20s} {which} {text}",
+            flush=True,
+        )
 
-    def add_times(self, contender, workload, head_dim, call):
-        try:
-            for which, ms in call().items():
-                self.add(contender, workload, head_dim, which, ms)
-        except Exception as error:  # a peer that fails is a fact, not the end
-            text = f"{type(error).__name__}: {error}".splitlines()[0]
+    def find(self, label, case, which):
+        """The newest figure; an error only where there is none."""
+        found = None
+        for record in self.all:
+            same = record["contender"] == label and record["pass"] == which
+            if same and Case(*(record[field] for field in Case._fields)) == case:
+                if "ms" in record or found is None or "ms" not in found:
+                    found = record
+        return found
+
+    def labels(self):
+        return list(dict.fromkeys(record["contender"] for record in self.all))
+
+    def cases(self):
+        measured = [Case(*(record[field] for field in Case._fields)) for record in self.all]
+        listed = [case for case in CASES if case in measured]
+        return list(dict.fromkeys(listed + measured))
+
+    def table(self):
+        labels = self.labels()
+        facts = {}
+        for record in self.all:
+            facts.update({key: record[key] for key in record if key in FACTS})
+        dates = sorted({record["date"][:10] for record in self.all if "date" in record})
+        text = ", ".join(f"{key} {facts[key]}" for key in FACTS if key in facts)
+        lines = [f"{' and '.join(dates)}: {text}. bf16, warm L2, medians: useful TFLOP/s (ms); in"]
+        lines[0] += " brackets multiples of torch's FA2 on the long chain of the same head dim."
+        lines += ["", "| head dim | heads | workload | pass | " + " | ".join(labels) + " |"]
+        lines.append("|" + "---|" * (4 + len(labels)))
+        for case in self.cases():
             for which in ("fwd", "bwd"):
-                self.add(contender, workload, head_dim, which, error=text)
+                cells = [self.cell(label, case, which) for label in labels]
+                heads = f"{case.heads}/{case.heads_kv}"
+                row = [str(case.head_dim), heads, case.workload, which, *cells]
+                lines.append("| " + " | ".join(row) + " |")
+        notes = dict.fromkeys(
+            f"{record['contender']}, {record['workload']}: {record['note']}."
+            for record in self.all
+            if "note" in record
+        )
+        return "\n".join(lines) + "\n" + "".join(f"\n{note}\n" for note in notes)
 
-    def rate(self, contender, workload, head_dim, which):
-        for r in self.records:
-            if (r["contender"], r["workload"], r["head_dim"], r["pass"]) == (
-                contender,
-                workload,
-                head_dim,
-                which,
-            ):
-                return r.get("useful_tflops")
-        return None
+    def cell(self, label, case, which):
+        record = self.find(label, case, which)
+        if record is None:
+            return "-"
+        if "ms" not in record:
+            return "failed"
+        text = f"{record['useful_tflops']:.1f} ({record['ms']:.3f})"
+        for chain in CHAINS:
+            base = self.find("torch FA2", chain, which)
+            if chain.head_dim == case.head_dim and base is not None and "ms" in base:
+                text += f" [{record['useful_tflops'] / base['useful_tflops']:.2f}]"
+        return text
 
-    def write(self, facts):
-        with open(self.out / "peers.jsonl", "w", encoding="utf-8") as file:
-            for record in self.records:
-                file.write(json.dumps({**facts, **record}) + "\n")
-        (self.out / "peers.md").write_text(self.table(facts), encoding="utf-8")
-
-    def table(self, facts):
-        contenders = list(dict.fromkeys(r["contender"] for r in self.records))
-        rows = list(dict.fromkeys((r["head_dim"], r["workload"], r["pass"]) for r in self.records))
-        lines = [f"{facts['device']}, driver {facts['driver']}, torch {facts['torch']}, "]
-        lines[0] += f"{facts['date']}; treeattn templates {facts['templates_sha256'][:12]}. "
-        lines[0] += "bf16, useful TFLOP/s; in brackets multiples of torch's FA2 on the chain of the"
-        lines[0] += " same head dim and pass."
-        lines += ["", "| head dim | workload | pass | " + " | ".join(contenders) + " |"]
-        lines.append("|" + "---|" * (3 + len(contenders)))
-        for head_dim, workload, which in rows:
-            base = self.rate("torch FA2", CHAINS[head_dim], head_dim, which)
-            cells = []
-            for contender in contenders:
-                rate = self.rate(contender, workload, head_dim, which)
-                if rate is None:
-                    cells.append("-")
-                elif base:
-                    cells.append(f"{rate:.1f} ({rate / base:.2f})")
-                else:
-                    cells.append(f"{rate:.1f}")
-            lines.append(f"| {head_dim} | {workload} | {which} | " + " | ".join(cells) + " |")
-        return "\n".join(lines) + "\n"
+    def write_table(self):
+        (self.folder / "peers.md").write_text(self.table(), encoding="utf-8")
 
     def plot(self):
         try:
@@ -277,91 +556,173 @@ class Run:
         except ImportError:
             print("no plot: matplotlib is not installed", file=sys.stderr)
             return
-        figure, axes = pyplot.subplots(2, 1, figsize=(12, 9), sharex=True)
-        workloads = list(dict.fromkeys(r["workload"] for r in self.records if r["head_dim"] == 128))
-        contenders = list(dict.fromkeys(r["contender"] for r in self.records))
-        width = 0.8 / max(1, len(contenders))
+        figure, axes = pyplot.subplots(2, 1, figsize=(14, 9), sharex=True)
+        cases = [case for case in self.cases() if case.head_dim == 128]
+        labels = self.labels()
+        width = 0.8 / max(1, len(labels))
         for axis, which in zip(axes, ("fwd", "bwd")):
-            for n, contender in enumerate(contenders):
-                rates = [self.rate(contender, w, 128, which) or 0 for w in workloads]
-                places = [i + n * width for i in range(len(workloads))]
-                axis.bar(places, rates, width, label=contender)
-            axis.set_ylabel(f"{which}, useful TFLOP/s")
+            for n, label in enumerate(labels):
+                found = [self.find(label, case, which) or {} for case in cases]
+                rates = [record.get("useful_tflops", 0) for record in found]
+                axis.bar([i + n * width for i in range(len(cases))], rates, width, label=label)
+            axis.set_ylabel(f"{which}, useful TFLOP/s, head dim 128")
         axes[0].legend()
-        axes[1].set_xticks([i + 0.4 - width / 2 for i in range(len(workloads))])
-        axes[1].set_xticklabels(workloads, rotation=30, ha="right")
+        axes[1].set_xticks([i + 0.4 - width / 2 for i in range(len(cases))])
+        axes[1].set_xticklabels([case.workload for case in cases], rotation=30, ha="right")
         figure.tight_layout()
-        figure.savefig(self.out / "peers.png", dpi=110)
+        figure.savefig(self.folder / "peers.png", dpi=110)
+
+
+FACTS = ("device", "driver", "torch", "templates_sha256")
 
 
 def driver_version():
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         return subprocess.run(query, check=True, capture_output=True, text=True).stdout.split()[0]
-    except (OSError, subprocess.CalledProcessError):
+    except (OSError, subprocess.CalledProcessError, IndexError):
         return "unknown"
 
 
+def run_all(options, records):
+    torch = Torch(options.import_limit)
+    facts = {"driver": driver_version()}
+    # Contender by contender: FlexAttention, which compiles longest, comes last.
+    try:
+        for contender in options.only:
+            for case in options.cases:
+                if contender == "treeattn":
+                    for family in options.families:
+                        run_treeattn(options, records, facts, family, case)
+                elif contender == "flex" or is_chain(case.workload):
+                    run_torch(options, records, facts, torch, contender, case)
+                records.write_table()
+    finally:
+        torch.stop()
+
+
+def run_treeattn(options, records, facts, family, case):
+    label = f"treeattn {family}"
+    missing = ["fwd", "bwd"]
+
+    def emit(line):
+        records.append_line("treeattn.jsonl", line)
+        facts["templates_sha256"] = line["templates_sha256"]
+        facts.setdefault("device", line["device"].get("name", "unknown"))
+        if line["pass"] in missing:
+            missing.remove(line["pass"])
+        more = {key: line[key] for key in ("spec", "host_us") if key in line}
+        more["plan_ms"] = line["plan_ms"]["median"]
+        ms = line["attention_ms"]["median"]
+        records.add(facts, label, case, line["pass"], ms, **more)
+
+    problem = measure_treeattn(options.treeattn, family, case, options.limit, emit)
+    for which in missing if problem else []:
+        records.add(facts, label, case, which, error=problem)
+
+
+def run_torch(options, records, facts, torch, contender, case):
+    missing = ["fwd", "bwd"]
+
+    def emit(record):
+        known = {**facts, **torch.facts}
+        missing.remove(record["pass"])
+        records.add(known, LABELS[contender], case, record.pop("pass"), record.pop("ms"), **record)
+
+    limit = options.flex_limit if contender == "flex" else options.limit
+    problem = torch.measure(contender, case, options.budget, limit, emit)
+    for which in missing if problem else []:
+        known = {**facts, **torch.facts}
+        records.add(known, LABELS[contender], case, which, error=problem)
+
+
+def names(known, what):
+    def parse(text):
+        chosen = text.split(",")
+        for name in chosen:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"{name!r} is no {what}: {', '.join(known)}")
+        return [name for name in known if name in chosen]
+
+    return parse
+
+
+def workload_list(texts):
+    """Cases of workloads, each of which may end in @HEADS/HEADS_KV and @HEAD_DIM; all if none."""
+    cases = []
+    for text in texts:
+        workload, *more = text.split("@")
+        head_dim, heads = 128, None
+        for part in more:
+            if re.fullmatch(r"\d+/\d+", part):
+                heads = tuple(int(number) for number in part.split("/"))
+            elif re.fullmatch(r"\d+", part):
+                head_dim = int(part)
+            else:
+                raise ValueError(f"workload {text!r}: {part!r} is no HEADS/HEADS_KV or head dim")
+        case = usual_case(workload, head_dim)
+        cases.append(case._replace(heads=heads[0], heads_kv=heads[1]) if heads else case)
+    return cases or list(CASES)
+
+
 def main():
+    if sys.argv[1:] == ["--serve"]:
+        serve()
+        return
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--treeattn", required=True, help="the treeattn command line")
+    parser.add_argument("--treeattn", help="the treeattn command line")
     parser.add_argument("--out", required=True, help="folder for peers.jsonl, peers.md, peers.png")
-    parser.add_argument("--budget", type=float, default=0.3, help="seconds a measurement")
-    parser.add_argument("--no-flex", action="store_true", help="leave FlexAttention out")
     parser.add_argument(
-        "--flex-for", type=float, default=45, help="most seconds of FlexAttention a workload"
+        "--only",
+        type=names(CONTENDERS, "contender"),
+        default=list(CONTENDERS),
+        metavar="LIST",
+        help="these contenders: " + ",".join(CONTENDERS),
+    )
+    parser.add_argument(
+        "--workloads",
+        nargs="+",
+        default=[],
+        metavar="WORKLOAD",
+        help="in place of the usual ones: binary:9,64, or chain:4096@64/8@128 with heads, head dim",
+    )
+    parser.add_argument(
+        "--families",
+        type=names(("sm80", "auto"), "choice of TREEATTN_FAMILY"),
+        default=["sm80", "auto"],
+        metavar="LIST",
+        help="kernel families of treeattn: sm80, auto (sm90 where it runs) or both, the default",
+    )
+    parser.add_argument("--budget", type=float, default=0.3, help="seconds a measurement, about")
+    parser.add_argument(
+        "--limit", type=float, default=60, help="most seconds a workload of treeattn or SDPA"
+    )
+    parser.add_argument(
+        "--flex-limit", type=float, default=90, help="most seconds a workload of FlexAttention"
+    )
+    parser.add_argument(
+        "--import-limit", type=float, default=120, help="most seconds for importing torch"
+    )
+    parser.add_argument(
+        "--report", action="store_true", help="measure nothing: table and plot of what is there"
     )
     options = parser.parse_args()
     try:
-        import torch
-    except ImportError:
-        sys.exit("bench/peers.py needs torch with CUDA: pip install torch")
-    if not torch.cuda.is_available():
-        sys.exit("bench/peers.py needs a GPU: torch finds none")
-    torch.manual_seed(1)
-
-    run = Run(options.out)
-    ours = []
-    facts = {
-        "device": torch.cuda.get_device_name(0),
-        "driver": driver_version(),
-        "torch": torch.__version__,
-    }
-
-    def save():
-        """After every step, so that what is measured is kept whatever happens next."""
-        facts.update(date=ours[0]["date"], templates_sha256=ours[0]["templates_sha256"])
-        run.write(facts)
-        lines = (json.dumps(line) + "\n" for line in ours)
-        (run.out / "treeattn.jsonl").write_text("".join(lines), encoding="utf-8")
-
-    cases = [(workload, head_dim) for head_dim, workload in CHAINS.items()]
-    cases += [(workload, 128) for workload in TREES]
-    for workload, head_dim in cases:
-        for line in run_treeattn(options.treeattn, workload, head_dim):
-            ours.append(line)
-            run.add("treeattn", workload, head_dim, line["pass"], line["attention_ms"]["median"])
-        if workload.startswith("chain:"):
-            for name, backend in (("torch FA2", "FLASH_ATTENTION"), ("torch cuDNN", "CUDNN_ATTENTION")):
-                run.add_times(
-                    name,
-                    workload,
-                    head_dim,
-                    lambda: run_sdpa(torch, backend, workload, head_dim, options.budget),
-                )
-        save()
-    for workload in [] if options.no_flex else [CHAINS[128]] + TREES:
-
-        def flex():
-            with time_limit(options.flex_for):
-                return run_flex(torch, workload, 128, options.budget)
-
-        run.add_times("FlexAttention", workload, 128, flex)
-        save()
-    run.plot()
-    print(run.table(facts))
+        options.cases = workload_list(options.workloads)
+    except ValueError as error:
+        parser.error(str(error))
+    if "treeattn" in options.only and not options.treeattn and not options.report:
+        parser.error("--treeattn is missing: the command line to time (or --only fa2,cudnn,flex)")
+    records = Records(options.out)
+    try:
+        if not options.report:
+            run_all(options, records)
+    finally:
+        records.write_table()
+    records.plot()
+    print(records.table())
 
 
 if __name__ == "__main__":

@@ -345,6 +345,10 @@ std::vector<Item> list_items(const BenchOptions& options, bool cpu) {
       }
     }
   }
+  const auto is_backward = [](const Item& item) { return item.backward(); };
+  if (options.deterministic && std::none_of(items.begin(), items.end(), is_backward)) {
+    throw UsageError("--deterministic is about gradients: it needs --pass bwd");
+  }
   return items;
 }
 

@@ -341,6 +341,9 @@ int run_check(CheckOptions options) {
   if (options.heads == 0 && options.heads_kv > 0) options.heads = options.heads_kv;
   if (options.heads > 0) check_heads(options.heads, options.heads_kv);
   // All arguments are judged before anything runs.
+  if (options.deterministic && options.pass != "bwd") {
+    throw UsageError("--deterministic is about gradients: it needs --pass bwd");
+  }
   make_choices(options, false, false);
   std::vector<Workload> listed;
   for (const std::string& text : options.workloads) listed.push_back(parse_workload(text));

@@ -80,11 +80,14 @@ Json examine_gpus() {
 
 Json examine_nvrtc() {
   Json json;
-  std::string why;
-  const NvrtcTable* table = try_nvrtc(&why);
+  const NvrtcTable* table = try_nvrtc();
   json["found"] = table != nullptr;
   if (table == nullptr) {
-    json["problem"] = why;
+    try {
+      nvrtc();  // its message says what was tried and what to install
+    } catch (const Error& error) {
+      json["problem"] = error.what();
+    }
     return json;
   }
   json["path"] = table->path;

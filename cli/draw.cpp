@@ -10,6 +10,7 @@
 #include <string_view>
 #include <utility>
 
+#include "cli/png.h"
 #include "runtime/attention/plan.h"
 #include "runtime/attention/plan_cpu.h"
 
@@ -308,6 +309,33 @@ std::string draw_svg(const MaskPicture& picture, const std::string& title) {
                      kSvgSide);
   svg += svg_legend(picture);
   return svg + "</g>\n</svg>\n";
+}
+
+std::string draw_png(const MaskPicture& picture) {
+  // The colours of the SVG: white, grey, then partial and full tiles without and with the mask.
+  constexpr Rgb kPalette[] = {{0xff, 0xff, 0xff}, {0x88, 0x88, 0x88}, {0xf6, 0xad, 0x55},
+                              {0xa9, 0x7c, 0x47}, {0x2b, 0x6c, 0xb0}, {0x25, 0x51, 0x82}};
+  constexpr std::uint8_t kWhite = 0, kFrame = 1, kPartial = 2, kFull = 4;
+  const int tokens = picture.tokens();
+  // Small trees in whole pixels a token, large ones by samples.
+  const int side =
+      tokens == 0 ? kSvgSide : std::max(1, kSvgSide / tokens) * std::min(tokens, kSvgSide);
+  const int width = side + 2;
+  std::vector<std::uint8_t> pixels(static_cast<std::size_t>(width) * width, kFrame);
+  for (int y = 0; y < side; ++y) {
+    for (int x = 0; x < side; ++x) {
+      std::uint8_t colour = kWhite;
+      if (tokens > 0) {
+        const int row = part(tokens, side, y);
+        const int key = part(tokens, side, x);
+        const TileClass tile_class = picture.tiles.at(row / picture.block_m, key / picture.block_n);
+        colour = class_of(tile_class, kWhite, kPartial, kFull);
+        if (colour != kWhite && picture.sees(row, key)) ++colour;
+      }
+      pixels[(static_cast<std::size_t>(y) + 1) * width + x + 1] = colour;
+    }
+  }
+  return encode_png(width, width, kPalette, pixels);
 }
 
 }  // namespace treeattn::cli

@@ -1,4 +1,4 @@
-// Pictures of a mask and of the tiles it is cut into, as text and as SVG. Pure functions.
+// Pictures of a mask and of the tiles it is cut into, as text, SVG and PNG. Pure functions.
 #pragma once
 
 #include <string>
@@ -41,5 +41,7 @@ std::vector<std::string> tile_rows(const MaskPicture& picture);
 
 /// Tiles by class and, above them, the exact mask as one shape a node.
 std::string draw_svg(const MaskPicture& picture, const std::string& title);
+/// The same without words: the bytes of a PNG file.
+std::string draw_png(const MaskPicture& picture);
 
 }  // namespace treeattn::cli

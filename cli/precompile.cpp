@@ -8,6 +8,7 @@
 #include <chrono>
 #include <csignal>
 #include <cstdio>
+#include <filesystem>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -25,6 +26,8 @@
 #include "runtime/cuda/device.h"
 #include "runtime/cuda/driver.h"
 #include "runtime/cuda/nvrtc.h"
+#include "runtime/support/config.h"
+#include "runtime/support/file_io.h"
 #include "treeattn/error.h"
 
 namespace treeattn::cli {
@@ -363,8 +366,27 @@ void print_failures(const std::vector<Row>& rows) {
   }
 }
 
+/// Throws unless the folder can keep kernels: compiling takes minutes, which should not be lost.
+void check_destination(const PrecompileOptions& options) {
+  const std::string folder =
+      options.out.empty() ? config().cache_dir : std::filesystem::absolute(options.out).string();
+  const std::string name = options.out.empty() ? "the cache" : "--out";
+  const char* const hint = options.out.empty() ? "name a folder with --out" : "";
+  const auto refuse = [&](const std::string& why) {
+    throw Error(ErrorCode::kIoError,
+                fmt::format("{}: kernels cannot be kept in '{}': {}", name, folder, why), hint);
+  };
+  if (folder.empty()) refuse("no folder is configured");
+  // With the modes that the store gives them.
+  if (const IoStatus made = make_folders(folder, options.out.empty() ? 0700 : 0755); !made) {
+    refuse(made.why);
+  }
+  if (const auto why = refuse_folder(folder, Trust::kPrivate)) refuse("it " + *why);
+}
+
 int run_precompile(const PrecompileOptions& options) {
   const std::vector<KernelSpec> specs = list_specs(options);
+  check_destination(options);
   const auto start = Clock::now();
   std::vector<Row> rows;
   {

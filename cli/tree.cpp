@@ -29,6 +29,7 @@ namespace {
 struct ShowOptions {
   std::string source;
   std::string svg;
+  std::string png;
   int block_m = 128;
   int block_n = 64;
   std::int64_t tree = 0;
@@ -56,7 +57,9 @@ std::vector<Integer> whole_numbers(const std::string& path, const Json& list,
   if (!list.is_array()) refuse_file(path, fmt::format("has '{}' that is not a list", name));
   std::vector<Integer> numbers;
   for (const Json& item : list) {
-    const bool whole = item.is_number_integer();
+    // Beyond int64, get() would wrap around.
+    const bool whole = item.is_number_integer() &&
+                       (!item.is_number_unsigned() || item.get<std::uint64_t>() <= INT64_MAX);
     const auto value = whole ? item.get<std::int64_t>() : 0;
     if (!whole || value < std::numeric_limits<Integer>::min() ||
         value > std::numeric_limits<Integer>::max()) {
@@ -200,6 +203,7 @@ Json show_json(const Source& source, const PlanStats& stats, const MaskPicture* 
     json["tile_rows"] = tile_rows(*picture);
   }
   if (!options.svg.empty()) json["svg"] = options.svg;
+  if (!options.png.empty()) json["png"] = options.png;
   return json;
 }
 
@@ -267,20 +271,21 @@ int run_show(const ShowOptions& options) {
     picture = std::make_unique<MaskPicture>(
         make_picture(source.work.trees[options.tree], options.block_m, options.block_n));
   }
-  if (!options.svg.empty()) {
-    if (picture == nullptr) {
-      throw Error(ErrorCode::kUnsupported, "the tree is too large to draw",
-                  "larger tiles (--block-m, --block-n) make fewer of them");
-    }
-    write_output(options.svg, draw_svg(*picture, source.work.name));
+  if (picture == nullptr && !(options.svg.empty() && options.png.empty())) {
+    throw Error(ErrorCode::kUnsupported, "the tree is too large to draw",
+                "larger tiles (--block-m, --block-n) make fewer of them");
   }
+  if (!options.svg.empty()) write_output(options.svg, draw_svg(*picture, source.work.name));
+  if (!options.png.empty()) write_output(options.png, draw_png(*picture));
   if (options.json) {
     print_json(show_json(source, stats, picture.get(), options));
     return kExitOk;
   }
   if (picture != nullptr) print(picture_text(*picture, options, trees));
   print(show_text(source, stats, options));
-  if (!options.svg.empty()) print(fmt::format("drawn to {}\n", options.svg));
+  for (const std::string& file : {options.svg, options.png}) {
+    if (!file.empty()) print(fmt::format("drawn to {}\n", file));
+  }
   return kExitOk;
 }
 
@@ -296,6 +301,9 @@ void add_tree(CLI::App& app, Action& action) {
       ->required()
       ->type_name("WORKLOAD");
   show->add_option("--svg", options->svg, "Draw the mask to this file, too")->type_name("FILE");
+  show->add_option("--png", options->png,
+                   "The same as PNG: full tiles blue, partial ones orange, visible pairs darker")
+      ->type_name("FILE");
   show->add_option("--block-m", options->block_m, "Query rows of a tile; default 128")
       ->type_name("N")
       ->check(whole_number(16, 4096));

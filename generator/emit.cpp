@@ -18,12 +18,14 @@ std::string emit_banner(const KernelSpec& spec, const std::string& launch) {
 
 namespace {
 
+/// nvcc, unlike NVRTC, knows a constant that a member function is called on at run time only if it
+/// is a device variable; such a variable must not be inline.
 template <class Config>
 std::string emit_config(const Config& c, std::string_view type, std::string_view params,
                         std::size_t params_bytes, std::string_view more = {}) {
   return fmt::format(
       "namespace treeattn {{\n"
-      "inline constexpr {} kConfig{{\n"
+      "__device__ constexpr {} kConfig{{\n"
       "    /*dtype=*/KernelDType::{}, /*head_dim=*/{}, /*head_dim_v=*/{},\n"
       "    /*block_m=*/{}, /*block_n=*/{}, /*stages=*/{}, /*warps=*/{}, /*softcap=*/{}{}}};\n"
       "static_assert(kConfig.smem_bytes() == {}, \"shared memory as the host sized it\");\n"
@@ -43,7 +45,7 @@ std::string emit_forward_sm90_config(const KernelSpec& spec) {
   const ForwardSm90Config c = forward_sm90_config(spec);
   return fmt::format(
       "namespace treeattn {{\n"
-      "inline constexpr ForwardSm90Config kConfig{{\n"
+      "__device__ constexpr ForwardSm90Config kConfig{{\n"
       "    /*dtype=*/KernelDType::{}, /*head_dim=*/{}, /*head_dim_v=*/{},\n"
       "    /*block_m=*/{}, /*block_n=*/{}, /*box_n=*/{}, /*stages=*/{}, /*warps=*/{}, "
       "/*softcap=*/{}}};\n"

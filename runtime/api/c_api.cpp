@@ -318,9 +318,9 @@ treeattn_status treeattn_pack_rows(const int64_t* tokens, const int64_t* row_off
         refuse(fmt::format("row_offsets[{}] is {}, expected at least row_offsets[{}] = {}", r + 1,
                            at[r + 1], r, at[r]));
       }
+      if (at[r + 1] > 0) require(tokens, "tokens");
       rows.emplace_back(tokens + at[r], static_cast<std::size_t>(at[r + 1] - at[r]));
     }
-    if (at[num_rows] > 0) require(tokens, "tokens");
     out = new treeattn_packed{treeattn::pack_rows(rows)};
   });
 }

@@ -6,6 +6,8 @@
 #include <climits>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
+#include <limits>
 
 #include "generator/arch.h"
 #include "treeattn/error.h"
@@ -146,7 +148,7 @@ void check_tensor(std::string_view name, const ConstTensor& t, std::int64_t toke
   }
   const int bytes = element_bytes(dtype);
   const auto check_stride = [&](std::string_view which, std::int64_t stride) {
-    if (stride * bytes % static_cast<std::int64_t>(kAlignBytes) == 0) return;
+    if (stride % (static_cast<std::int64_t>(kAlignBytes) / bytes) == 0) return;
     refuse(
         fmt::format("{}.{}", name, which), fmt::format("{} elements", stride),
         fmt::format("a multiple of {} elements (16 bytes)", static_cast<int>(kAlignBytes) / bytes));
@@ -158,13 +160,20 @@ void check_tensor(std::string_view name, const ConstTensor& t, std::int64_t toke
 void check_output(std::string_view name, const Tensor& t, std::int64_t tokens, int heads, int dim,
                   DType dtype, bool cuda) {
   check_tensor(name, {t.data, t.token_stride, t.head_stride}, tokens, heads, dtype, cuda);
-  const std::int64_t token = tokens > 1 ? std::abs(t.token_stride) : 0;
-  const std::int64_t head = heads > 1 ? std::abs(t.head_stride) : 0;
+  const auto distance = [](std::int64_t stride) {
+    return std::abs(std::max(stride, -std::numeric_limits<std::int64_t>::max()));
+  };
+  const std::int64_t token = tokens > 1 ? distance(t.token_stride) : 0;
+  const std::int64_t head = heads > 1 ? distance(t.head_stride) : 0;
+  // outer >= (count - 1) * inner + dim, without overflow.
+  const auto steps_over = [dim](std::int64_t outer, std::int64_t inner, std::int64_t count) {
+    return outer >= dim && (count <= 1 || inner <= (outer - dim) / (count - 1));
+  };
   // One dimension must step over all of the other.
   const bool token_major =
-      (heads <= 1 || head >= dim) && (tokens <= 1 || token >= (heads - 1) * head + dim);
+      (heads <= 1 || head >= dim) && (tokens <= 1 || steps_over(token, head, heads));
   const bool head_major =
-      (tokens <= 1 || token >= dim) && (heads <= 1 || head >= (tokens - 1) * token + dim);
+      (tokens <= 1 || token >= dim) && (heads <= 1 || steps_over(head, token, tokens));
   if (tokens == 0 || token_major || head_major) return;
   refuse(fmt::format("{}'s strides", name),
          fmt::format("token_stride {}, head_stride {}", t.token_stride, t.head_stride),

@@ -179,14 +179,25 @@ BuildReport ArtifactSource::build(const KernelSpec& spec, bool force) {
   const GeneratedSource source = generate(spec);
   const CompileOptions options = compile_options(spec);
   BuildReport report;
+  AdvisoryLock lock;
   if (!force) {
-    const CompilerInfo info = compiler_->info();
-    if (auto found = store_.find(artifact_key(source, options), to_string(spec), info.major)) {
+    const ArtifactKey key = artifact_key(source, options);
+    const int major = compiler_->info().major;
+    const auto find = [&] {
+      auto found = store_.find(key, to_string(spec), major);
+      if (!found) return false;
       report.artifact = std::move(*found);
       report.kept = true;
       report.ms = ms_since(start);
-      return report;
-    }
+      return true;
+    };
+    if (find()) return report;
+    // As in obtain(): ranks that run the same command share the work.
+    lock = AdvisoryLock::acquire(key.hex(), 0);
+    const bool waited = !lock.held();
+    if (waited) lock = AdvisoryLock::acquire(key.hex(), options_.lock_timeout_ms);
+    if (find()) return report;
+    if (waited) lock.release();
   }
   CompileResult result = compiler_->compile(source, options);
   report.log = result.log;

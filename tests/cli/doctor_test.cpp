@@ -20,6 +20,7 @@ TEST(CliDoctor, WorksWithNothingInstalled) {
   EXPECT_TRUE(contains(text.out, "driver")) << text.out;
   EXPECT_TRUE(contains(text.out, "/nonexistent/libcuda.so.1")) << text.out;
   EXPECT_TRUE(contains(text.out, "/nonexistent/libnvrtc.so")) << text.out;
+  EXPECT_TRUE(contains(text.out, "pip install nvidia-cuda-nvrtc")) << text.out;
   EXPECT_TRUE(contains(text.out, "CPU executor")) << text.out;
 
   const nlohmann::json json = cli.run({"doctor", "--json"}).json();

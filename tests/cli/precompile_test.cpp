@@ -122,15 +122,19 @@ TEST(CliPrecompile, FailsOnceAndClearlyWithoutNvrtc) {
   EXPECT_EQ(result.err.find("was not found", first + 60), std::string::npos) << result.err;
 }
 
-TEST(CliPrecompile, AFolderThatCannotBeWrittenIsAFailure) {
-  if (!has_nvrtc()) GTEST_SKIP() << "no NVRTC here";
+TEST(CliPrecompile, AFolderThatCannotKeepKernelsIsAFailureBeforeAnythingIsCompiled) {
   const Cli cli;
   const std::string file = cli.write("file", "");
-  const CliResult result =
-      cli.run({"precompile", "--arch", "sm_80", "--pass", "plan", "--out", file + "/pack"});
-  EXPECT_EQ(result.status, 1);
-  EXPECT_TRUE(contains(result.err, "could not be kept")) << result.err;
-  EXPECT_TRUE(contains(result.err, file)) << result.err;
+  const std::string open = cli.path("open");
+  std::filesystem::create_directory(open);
+  std::filesystem::permissions(open, std::filesystem::perms::all);
+  for (const std::string& folder : {file + "/pack", open}) {
+    const CliResult result =
+        cli.run({"precompile", "--arch", "sm_80", "--pass", "plan", "--out", folder});
+    EXPECT_EQ(result.status, 1);
+    EXPECT_EQ(result.out, "") << "nothing was tried";
+    EXPECT_TRUE(contains(result.err, "--out: kernels cannot be kept in '" + folder)) << result.err;
+  }
 }
 
 TEST(CliPrecompile, BadArgumentsAreNamed) {

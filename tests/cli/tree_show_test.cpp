@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "runtime/attention/workload.h"
@@ -76,6 +77,28 @@ TEST(CliTreeShow, WritesAnSvgWithEveryClassAndOneShapeANode) {
   EXPECT_EQ(shapes, 4u);
 }
 
+TEST(CliTreeShow, WritesAPng) {
+  const Cli cli;
+  const std::string file = cli.path("tree.png");
+  // 4 tokens: 180 pixels each. 512: sampled. 0: an empty frame.
+  for (const auto& [workload, side] :
+       {std::pair{"fork:2,2x1", 722}, std::pair{"fork:512,3x200", 722},
+        std::pair{"chain:0", 722}}) {
+    const CliResult result = cli.run({"tree", "show", workload, "--png", file});
+    EXPECT_EQ(result.status, 0) << result.err;
+    const std::string png = read_text(file);
+    ASSERT_GT(png.size(), 57u);
+    EXPECT_EQ(png.substr(0, 8), "\x89PNG\r\n\x1a\n");
+    EXPECT_EQ(png.substr(12, 4), "IHDR");
+    for (const std::size_t at : {16, 20}) {
+      const auto byte = [&](std::size_t i) { return static_cast<unsigned char>(png[i]); };
+      EXPECT_EQ(byte(at + 2) * 256 + byte(at + 3), side) << workload;
+    }
+    EXPECT_TRUE(png.ends_with(std::string("\0\0\0\0IEND\xae\x42\x60\x82", 12)));
+    EXPECT_LT(png.size(), 200'000u) << "runs are packed";
+  }
+}
+
 TEST(CliTreeShow, ReadsEveryKindOfFile) {
   const Cli cli;
   const std::vector<std::string> files{
@@ -130,6 +153,11 @@ TEST(CliTreeShow, BadInputsAreNamed) {
       cli.run(
           {"tree", "show", cli.write("bad.json", R"({"start": [0, 3000000000], "end": [0, 1]})")}),
       {"3000000000", "start"});
+  expect_usage_error(
+      cli.run(
+          {"tree", "show",
+           cli.write("bad.json", R"({"parents": [-1, 18446744073709551615], "lengths": [1, 1]})")}),
+      {"18446744073709551615", "parents"});
 }
 
 TEST(CliTreeShow, BrokenTreesAndMissingFilesAreFailures) {

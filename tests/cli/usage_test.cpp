@@ -81,6 +81,14 @@ TEST(CliUsage, BadListsNameTheBadPart) {
   expect_usage_error(cli.run({"bench", "fork:12"}), {"fork:12", "fork:P,RxL"});
 }
 
+TEST(CliUsage, DeterministicForwardIsRefusedAsItAlwaysIs) {
+  const Cli cli;
+  for (const char* command : {"check", "bench"}) {
+    expect_usage_error(cli.run({command, "--device", "cpu", "--deterministic", "chain:16"}),
+                       {"--deterministic", "--pass bwd"});
+  }
+}
+
 TEST(CliUsage, AnOutputThatCannotBeWrittenIsAFailure) {
   const Cli cli;
   const CliResult result = cli.run({"emit", "plan/sm80@sm_80", "--out", "/nonexistent/kernel.cu"});

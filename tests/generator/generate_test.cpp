@@ -134,7 +134,7 @@ TEST(Generate, EmittedConfigIsTheGoldenOne) {
       text.substr(begin, end - begin),
       "#line 1 \"emitted/config\"\n"
       "namespace treeattn {\n"
-      "inline constexpr ForwardConfig kConfig{\n"
+      "__device__ constexpr ForwardConfig kConfig{\n"
       "    /*dtype=*/KernelDType::kBF16, /*head_dim=*/128, /*head_dim_v=*/128,\n"
       "    /*block_m=*/128, /*block_n=*/64, /*stages=*/2, /*warps=*/4, /*softcap=*/false};\n"
       "static_assert(kConfig.smem_bytes() == 99680, \"shared memory as the host sized it\");\n"

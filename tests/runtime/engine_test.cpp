@@ -5,6 +5,7 @@
 
 #include <climits>
 #include <cmath>
+#include <cstring>
 #include <functional>
 #include <memory>
 #include <string>
@@ -483,6 +484,41 @@ TEST(ForwardBar, GarbageIsUnseenAndNonFiniteNumbersStayInTheirSequence) {
     const int rest = clean.total_q - after;
     EXPECT_EQ(judge_same_rows(dirty, lse, after, rest, clean, clean_lse, after), "");
     EXPECT_NE(judge_same_rows(dirty, lse, row0, after - row0, clean, clean_lse, row0), "");
+  }
+}
+
+TEST(EngineTest, APlanFromIntervalsIsThatOfTheLoweringItSpellsOut) {
+  Engine engine = cpu_engine();
+  const std::int32_t cu_seqlens[] = {0, 40, 100};
+  std::vector<std::int32_t> first(100), len(100);
+  for (int j = 0; j < 100; ++j) {
+    first[j] = j < 40 ? 0 : 40;
+    len[j] = j < 40 ? 40 : 60;
+  }
+  const Shape shape{DType::kF32, 1, 1, 16};
+  const Plan plan = engine.plan_for(100, 100, 2, {&shape, 1});
+  std::vector<PlanWord> full(plan_bytes(plan) / sizeof(PlanWord) + 1);
+  std::vector<PlanWord> spelt(full.size());
+  PlanInputs inputs;
+  inputs.lowering = Lowering::kFull;
+  inputs.cu_seqlens_q = inputs.cu_seqlens_k = cu_seqlens;
+  engine.build_plan(plan, inputs, full.data()->ints);
+  engine.plan_from_intervals(plan, cu_seqlens, cu_seqlens, first.data(), len.data(),
+                             spelt.data()->ints);
+  EXPECT_EQ(std::memcmp(full.data(), spelt.data(), plan_bytes(plan)), 0);
+
+  len[50] = 70;  // beyond its sequence
+  engine.plan_from_intervals(plan, cu_seqlens, cu_seqlens, first.data(), len.data(),
+                             spelt.data()->ints);
+  const PlanReport report = engine.validate(plan, spelt.data()->ints);
+  EXPECT_FALSE(report.valid);
+  EXPECT_EQ(report.first_bad_token, 50);
+  try {
+    engine.plan_from_intervals(plan, cu_seqlens, cu_seqlens, nullptr, len.data(),
+                               spelt.data()->ints);
+    ADD_FAILURE() << "a missing array was accepted";
+  } catch (const Error& error) {
+    EXPECT_THAT(error.what(), HasSubstr("first is null"));
   }
 }
 

@@ -126,6 +126,8 @@ const std::vector<Bad>& bad_everywhere() {
       {"one out head", CHANGE(a.out.head_stride = 0), "head_stride 0, expected strides that keep"},
       {"out heads overlap", CHANGE(a.out.head_stride = 120), "head_stride 120, expected strides"},
       {"out rows overlap", CHANGE(a.out.token_stride = 504), "token_stride 504, head_stride 128"},
+      {"out strides beyond int64",
+       CHANGE(a.out.token_stride = a.out.head_stride = std::int64_t{1} << 62), "expected strides"},
       {"tiny scale", CHANGE(a.softmax_scale = 1e-60), "softmax_scale is 1e-60, expected 1e-37 to"},
       {"huge scale", CHANGE(a.softmax_scale = 1e60), "softmax_scale is 1e+60, expected 1e-37 to"},
       {"huge ratio", CHANGE((a.softcap = 1.5e-37, a.softmax_scale = 4)), "softmax_scale / softcap"},

@@ -6,6 +6,7 @@
 
 #include <deque>
 #include <filesystem>
+#include <memory>
 #include <string>
 
 #include "runtime/support/file_descriptor.h"
@@ -67,6 +68,40 @@ TEST(KernelCacheProcesses, SixteenOnAColdStoreAllSucceedWithFewCompiles) {
     if (file.extension() == ".cubin") ++entries;
   }
   EXPECT_EQ(entries, 2u);
+}
+
+/// A rank that builds two kernels ahead of time.
+int build_of_a_rank(const fs::path& root, const fs::path& tally) {
+  FakeNvrtc nvrtc;
+  nvrtc.on_compile = [&] {
+    const FileDescriptor file(open(tally.c_str(), O_WRONLY | O_CREAT | O_APPEND, 0600));
+    if (write(file.get(), "x", 1) != 1) _exit(3);
+  };
+  ArtifactSource source(CubinStore({{root, true, false}}), std::make_unique<NvrtcCompiler>(""),
+                        test::options().source);
+  for (const int head_dim : {64, 128}) {
+    const BuildReport report = source.build(fake_spec(head_dim), false);
+    if (report.kept == report.published) return 1;
+  }
+  return 0;
+}
+
+TEST(KernelCacheProcesses, SixteenThatPrecompileShareTheWork) {
+  const TempDir folder;
+  const fs::path tally = folder / "tally";
+  test::ProcessGate gate;
+  std::deque<test::ChildProcess> children;
+  for (int rank = 0; rank < 16; ++rank) {
+    children.emplace_back([&] {
+      gate.wait();
+      return build_of_a_rank(folder / "cache", tally);
+    });
+  }
+  gate.open();
+  for (test::ChildProcess& child : children) EXPECT_EQ(child.wait(), 0);
+  const std::size_t compiles = test::read_text(tally).size();
+  EXPECT_GE(compiles, 2u);
+  EXPECT_LE(compiles, 4u) << "one or two a kernel";
 }
 
 }  // namespace

@@ -164,6 +164,20 @@ class Engine {
   /// Builds the plan into `buffer` (plan_bytes(plan) bytes). Asynchronous on the stream.
   void build_plan(const Plan& plan, const PlanInputs& inputs, std::int32_t* buffer,
                   Stream stream = nullptr);
+  /// build_plan() from one interval per key instead of a tree: packed row i sees key j iff
+  /// first[j] <= i < first[j] + len[j]. Both arrays are [total_k]; an interval must stay within the
+  /// rows of its key's sequence, and one of length 0 is padding. Pointers, errors as build_plan().
+  void plan_from_intervals(const Plan& plan, const std::int32_t* cu_seqlens_q,
+                           const std::int32_t* cu_seqlens_k, const std::int32_t* first,
+                           const std::int32_t* len, std::int32_t* buffer, Stream stream = nullptr) {
+    PlanInputs inputs;
+    inputs.lowering = Lowering::kIntervals;
+    inputs.cu_seqlens_q = cu_seqlens_q;
+    inputs.cu_seqlens_k = cu_seqlens_k;
+    inputs.first = first;
+    inputs.len = len;
+    build_plan(plan, inputs, buffer, stream);
+  }
   /// Synchronises the stream and says whether the inputs were a valid tree.
   PlanReport validate(const Plan& plan, const std::int32_t* buffer, Stream stream = nullptr) const;
 
