@@ -153,6 +153,10 @@ class Stats(_Struct):
     ]
 
 
+class PackOptions(_Struct):
+    _fields_ = [("struct_size", c_uint32), ("min_shared", c_int64), ("max_shared", c_void_p)]
+
+
 _SIGNATURES = {
     "treeattn_engine_create": [c_int32, c_int32, POINTER(c_void_p)],
     "treeattn_engine_description": [c_void_p, c_char_p, c_size_t],
@@ -173,9 +177,12 @@ _SIGNATURES = {
     "treeattn_backward": [c_void_p, POINTER(BackwardArgs), c_void_p],
     "treeattn_prepare": [c_void_p, POINTER(Shape), c_size_t],
     "treeattn_get_stats": [c_void_p, POINTER(Stats)],
-    "treeattn_pack_rows": [c_void_p, c_void_p, c_size_t, POINTER(c_void_p)],
+    "treeattn_pack_rows_with_options": [
+        c_void_p, c_void_p, c_size_t, POINTER(PackOptions), POINTER(c_void_p),
+    ],
     "treeattn_packed_size": [c_void_p, POINTER(c_int64), POINTER(c_int64)],
     "treeattn_packed_copy": [c_void_p, *[c_void_p] * 5],
+    "treeattn_packed_copy_nodes": [c_void_p, *[c_void_p] * 3],
 }  # fmt: skip
 
 
