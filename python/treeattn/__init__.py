@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 _PLACES = {
     "Plan": "attention",
     "plan": "attention",
+    "register": "hf",
     "tree_attention": "attention",
 }
 
