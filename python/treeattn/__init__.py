@@ -12,7 +12,9 @@ from ._native import InvalidArgument, TreeAttnError, Unsupported
 __version__ = "0.1.0"
 
 _PLACES = {
+    "Packed": "packing",
     "Plan": "attention",
+    "pack": "packing",
     "plan": "attention",
     "register": "hf",
     "tree_attention": "attention",

@@ -151,6 +151,18 @@ class Packed:
             position_ids=here.position_ids,
         )
 
+    def model_inputs(self) -> dict:
+        """Keyword arguments for a transformers model with ``attn_implementation="tree_attn"``
+        (:func:`treeattn.register`): ids and positions [1, tokens] and the plan. Its logits
+        [1, tokens, vocabulary] go to :meth:`loss` or :meth:`token_log_probs`."""
+        here = self if self.device is not None else self.to("cpu")
+        return {
+            "input_ids": here.input_ids[None],
+            "position_ids": here.position_ids[None],
+            "tree_plan": here.plan,
+            "use_cache": False,
+        }
+
     def with_weights(
         self, *, row_weights=None, loss_mask=None, prompt_lengths=None, reduction: str = "sum"
     ) -> Packed:
