@@ -18,6 +18,8 @@ _PLACES = {
     "plan": "attention",
     "register": "hf",
     "tree_attention": "attention",
+    "flash_attn_varlen_func": "varlen",
+    "forget_plans": "varlen",
 }
 
 __all__ = ["InvalidArgument", "TreeAttnError", "Unsupported", *_PLACES]
