@@ -623,6 +623,14 @@ def _is_array(x) -> bool:
     return isinstance(x, np.ndarray) or hasattr(x, "detach")
 
 
+def _is_row(x) -> bool:
+    try:
+        len(x)
+    except TypeError:
+        return False
+    return True
+
+
 def _integers(name: str, x) -> np.ndarray:
     """x as contiguous int64 of one dimension."""
     x = _array(x)
@@ -635,9 +643,8 @@ def _integers(name: str, x) -> np.ndarray:
 
 def _per_row(name: str, x, count: int, dtype) -> np.ndarray:
     x = _array(x)
-    kinds = "iu" if dtype == np.int64 else "iufb"
-    if x.dtype.kind not in kinds and x.size:
-        expected = "integers" if kinds == "iu" else "numbers"
+    if x.size and x.dtype.kind not in ("iu" if dtype == np.int64 else "iufb"):
+        expected = "integers" if dtype == np.int64 else "numbers"
         raise InvalidArgument(f"{name} is of {x.dtype}, expected {expected}")
     if x.ndim == 0:
         x = np.full(count, x)
@@ -681,19 +688,21 @@ def _read_rows(rows, lengths, attention_mask):
     if attention_mask is not None:
         raise InvalidArgument("attention_mask was given, expected rows as one [rows, longest] array")
     rows = rows if isinstance(rows, Sequence) else list(rows)
-    for r, row in enumerate(rows):
-        if not hasattr(row, "__len__"):
-            raise InvalidArgument(
-                f"rows[{r}] is {row!r}, expected a row of token ids, or lengths beside flat tokens"
-            )
-    return _join("rows", rows, np.int64), _offsets([len(row) for row in rows]), None
+    try:
+        lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+    except TypeError:
+        r = next(r for r, row in enumerate(rows) if not _is_row(row))
+        raise InvalidArgument(
+            f"rows[{r}] is {rows[r]!r}, expected a row of token ids, or lengths beside flat tokens"
+        ) from None
+    return _join("rows", rows, np.int64), _offsets(lengths), None
 
 
 def _like_rows(name: str, x, offsets, padding) -> np.ndarray:
     """x, numbers in the layout of the rows, as float64 [row tokens]."""
     lengths = np.diff(offsets)
     total = int(offsets[-1])
-    if not _is_array(x) and len(x) and hasattr(x[0], "__len__"):
+    if not _is_array(x) and len(x) and _is_row(x[0]):
         given = np.fromiter(map(len, x), np.int64, len(x))
         if given.shape != lengths.shape:
             raise InvalidArgument(f"{name} has {given.size} rows, expected {lengths.size}")
@@ -719,21 +728,24 @@ def _like_rows(name: str, x, offsets, padding) -> np.ndarray:
 
 def _join(name: str, rows: Sequence, dtype) -> np.ndarray:
     """The rows one after the other, as int64 or float64."""
-    if all(isinstance(row, (list, tuple)) for row in rows):
+    kinds = set(map(type, rows))
+    if kinds <= {list, tuple}:
         return _join_lists(name, rows, dtype)
-    for r, row in enumerate(rows):
-        if _is_array(row) and len(row.shape) != 1:
-            raise InvalidArgument(f"{name}[{r}] is {list(row.shape)}, expected one dimension")
     full = [row for row in rows if len(row)]  # an empty one has no type to speak of
+    for row in full:
+        if getattr(row, "ndim", 1) != 1:
+            r = next(r for r, x in enumerate(rows) if x is row)
+            raise InvalidArgument(f"{name}[{r}] is {list(row.shape)}, expected one dimension")
     if full and all(hasattr(row, "detach") for row in full):
         import torch
 
         flat = _array(torch.cat([row.detach() for row in full]))
+    elif full:
+        flat = np.concatenate(full if kinds == {np.ndarray} else [_array(row) for row in full])
     else:
-        flat = np.concatenate([np.zeros(0, dtype), *map(_array, full)])
-    kinds = "iu" if dtype == np.int64 else "iufb"
-    if flat.size and flat.dtype.kind not in kinds:
-        expected = "integers" if kinds == "iu" else "numbers"
+        return np.zeros(0, dtype)
+    if flat.dtype.kind not in ("iu" if dtype == np.int64 else "iufb"):
+        expected = "integers" if dtype == np.int64 else "numbers"
         raise InvalidArgument(f"{name} has elements of {flat.dtype}, expected {expected}")
     return flat.astype(dtype, copy=False)
 
