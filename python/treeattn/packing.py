@@ -176,10 +176,17 @@ class Packed:
         With ``hidden`` [tokens, dim], ``hidden[labels.positions]`` are the rows to be classified;
         no label is dropped where rows part. Labels of weight 0 are left out unless ``keep_zeros``.
         """
+        if keep_zeros:
+            return self._all_labels
+        tokens = self._host.label_tokens
+        return self._labels_of(tokens[self._host.loss_weights[tokens] != 0])
+
+    @functools.cached_property
+    def _all_labels(self) -> Labels:
+        return self._labels_of(self._host.label_tokens)
+
+    def _labels_of(self, tokens) -> Labels:
         host = self._host
-        tokens = host.label_tokens
-        if not keep_zeros:
-            tokens = tokens[host.loss_weights[tokens] != 0]
         labels = (host.parents[tokens], host.input_ids[tokens], host.loss_weights[tokens], tokens)
         if self.device is not None:
             import torch
@@ -199,11 +206,10 @@ class Packed:
             ``unpack`` gives the rows' own: entry i of a row is that of its token i. The gradient
             is made in logits' type without a copy of logits in float32.
         """
-        import torch
-
-        if self.device is None:
+        if self.device != logits.device:
+            place = "in numpy arrays" if self.device is None else f"on {self.device}"
             raise InvalidArgument(
-                "the batch holds numpy arrays, expected torch tensors: use .to(logits.device)"
+                f"the batch is {place}, expected {logits.device} as logits: use .to(logits.device)"
             )
         if logits.dim() == 3 and logits.shape[0] == 1:
             logits = logits[0]
@@ -215,7 +221,7 @@ class Packed:
         from ._log_probs import LabelLogProbs
 
         self._host.check_ids(logits.shape[1])
-        labels = self.labels(keep_zeros=True)
+        labels = self._all_labels
         positions = self._host.parents[self._host.label_tokens]
         chosen = LabelLogProbs.apply(logits, labels.positions, labels.ids, positions)
         return chosen.new_zeros(self.num_tokens).index_put((labels.tokens,), chosen)

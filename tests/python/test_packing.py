@@ -2,6 +2,7 @@
 
 import math
 import os
+import pickle
 import random
 
 import pytest
@@ -457,6 +458,13 @@ def test_a_row_longer_than_the_budget_is_named():
         pack(ROWS).unpack(np.zeros(6))
 
 
+def test_batches_survive_pickling():
+    packed = pickle.loads(pickle.dumps(pack(ROWS, row_weights=[1, 2, 3])))
+    check(packed, Reference(ROWS))
+    assert packed.loss_weights.tolist() == [0, 6, 6, 4, 1, 3, 2]
+    assert [part.row_ids.tolist() for part in packed.partition(6)] == [[0, 2], [1]]
+
+
 # With torch.
 
 
@@ -543,7 +551,7 @@ def test_bad_logits_are_named(torch):
         packed.token_log_probs(torch.zeros(6, 9))
     with pytest.raises(InvalidArgument, match="token 2 has id 7, expected one from 0 to 6"):
         packed.loss(torch.zeros(7, 7))
-    with pytest.raises(InvalidArgument, match="numpy arrays, expected torch tensors"):
+    with pytest.raises(InvalidArgument, match="in numpy arrays, expected cpu as logits"):
         pack(ROWS).loss(torch.zeros(7, 9))
 
 
