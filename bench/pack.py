@@ -42,7 +42,7 @@ SHAPES = {
     "12 agents, 16 turns of 700 + 400": lambda rng: turns(rng, 12, 16, 700, 400),
     "nothing shared, 128 rows of 8192": lambda rng: list(rng.integers(0, 50_000, (128, 8192))),
     "all equal, 128 rows of 8192": lambda rng: [rng.integers(0, 50_000, 8192)] * 128,
-    "350,000 rows of 3": lambda rng: list(rng.integers(0, 4, (350_000, 3))),
+    "350,000 rows of 3": lambda rng: list(rng.integers(0, 50_000, (350_000, 3))),
 }
 
 

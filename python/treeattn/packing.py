@@ -692,7 +692,7 @@ def _read_rows(rows, lengths, attention_mask):
         mask = mask != 0
         return _integers("rows", rows[mask]), _offsets(mask.sum(1)), mask
     if attention_mask is not None:
-        raise InvalidArgument("attention_mask was given, expected rows as one [rows, longest] array")
+        raise InvalidArgument("attention_mask was given, expected rows as [rows, longest]")
     rows = rows if isinstance(rows, Sequence) else list(rows)
     try:
         lengths = np.fromiter(map(len, rows), np.int64, len(rows))
