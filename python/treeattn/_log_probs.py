@@ -37,9 +37,9 @@ class LabelLogProbs(torch.autograd.Function):
         logits, positions, ids, lse = ctx.saved_tensors
         sums = torch.zeros_like(lse).index_put_((positions,), dout, accumulate=True)
         dlogits = torch.empty_like(logits)
-        for a, b in _chunks(*logits.shape):
+        for a, b in _chunks(*logits.shape):  # differences have the type of lse
             first, last = np.searchsorted(ctx.host_positions, (a, b)).tolist()
-            part = (logits[a:b].to(lse.dtype) - lse[a:b, None]).exp_().mul_(-sums[a:b, None])
+            part = (logits[a:b] - lse[a:b, None]).exp_().mul_(-sums[a:b, None])
             # Added before rounding to logits' type: for a likely label the two terms cancel.
             at = positions[first:last] - a, ids[first:last]
             dlogits[a:b] = part.index_put_(at, dout[first:last], accumulate=True)

@@ -548,13 +548,10 @@ class _Host:
     def _common(self, a: int, b: int) -> int:
         """Shared tokens of row a and a row b that comes after it in depth-first order."""
         a, b = int(self.row_nodes[a]), int(self.row_nodes[b])
-        while b > a or self._subtree_end[b] < a:
+        # Subtrees are ranges: b's first ancestor that does not come after a is an ancestor of a.
+        while b > a:
             b = int(self.node_parents[b])
         return int(self.position_ids[self.node_offsets[b + 1] - 1]) + 1
-
-    @functools.cached_property
-    def _subtree_end(self) -> list[int]:
-        return self.tree_dfs_order_end_k[self.node_offsets[:-1]].tolist()
 
     def report(self, hidden_size: int, block_m: int, block_n: int) -> Report:
         lengths = np.diff(self.row_offsets)
