@@ -32,32 +32,27 @@ _MIXERS = re.compile(
 
 
 class _Watch:
-    def __init__(self, model: str):
-        self.model = model
+    def __init__(self):
         self.took: set[int] = set()
         self.ran: list[torch.nn.Module] = []
-        self.calls = 0
 
 
-class _Traced:
-    """Where a compiler finds the watch: it cannot follow thread-local variables."""
+class _Running:
+    """What compiled code asks, which cannot follow thread-local variables: how many calls with a
+    tree are running, in this thread or another."""
 
-    watch: _Watch | None = None
+    count = 0
 
 
 _here = threading.local()
-_traced = _Traced()
-
-
-def _current() -> _Watch | None:
-    if torch.compiler.is_compiling():
-        return _traced.watch
-    return getattr(_here, "watch", None)
+_running = _Running()
 
 
 def tree_given() -> bool:
     """Whether a model that is running was given a tree."""
-    return _current() is not None
+    if torch.compiler.is_compiling():
+        return _running.count > 0
+    return getattr(_here, "watch", None) is not None
 
 
 def layer_name(module) -> str:
@@ -68,21 +63,20 @@ def layer_name(module) -> str:
 def took(module) -> None:
     """Called by an attention layer that has the tree."""
     if not torch.compiler.is_compiling():
-        watch = _current()
+        watch = getattr(_here, "watch", None)
         if watch is not None:
             watch.took.add(id(module))
 
 
 def refuse_lost_tree(module) -> None:
     """Called by a causal attention layer that has no tree."""
-    watch = _current()
-    if watch is not None:
-        raise lost_tree(layer_name(module), watch.model)
+    if tree_given():
+        raise lost_tree(layer_name(module))
 
 
-def lost_tree(layer: str, model: str) -> TreeAttnError:
+def lost_tree(layer: str) -> TreeAttnError:
     return TreeAttnError(
-        f"{layer} ran without the tree that was given to {model}, so it would have computed "
+        f"{layer} ran without the tree that was given to the model, so it would have computed "
         "something else; expected each attention layer to take it. Let the model's forward pass "
         f"its keyword arguments on to its layers, and use attn_implementation={NAME!r} throughout"
     )
@@ -153,10 +147,10 @@ def _refuse_mixers_and_watch_attention(model) -> bool:
 def _check_after(watch: _Watch, attention: bool) -> None:
     for module in watch.ran:
         if id(module) not in watch.took:
-            raise lost_tree(layer_name(module), watch.model)
+            raise lost_tree(layer_name(module))
     # Layers in compiled regions leave no trace here: they were checked when they were compiled.
     if not watch.took and (watch.ran or not attention):
-        raise lost_tree("every layer", watch.model)
+        raise lost_tree("every layer")
 
 
 def _first(kwargs, *names):
@@ -238,7 +232,7 @@ def _check_arguments(model, args, kwargs):
 
 def call(model, args, kwargs, module_call):
     """Calls a model with a tree among its keyword arguments."""
-    if _current() is not None:  # a model inside the model that is watched
+    if tree_given():  # a model inside the model that is watched
         return module_call(model, *args, **kwargs)
     name = type(model).__name__
     config = _text_config(model)
@@ -255,21 +249,24 @@ def call(model, args, kwargs, module_call):
     _refuse_config(name, config)
     if kwargs.get("position_ids") is None and not (len(args) > 2 and args[2] is not None):
         kwargs = {**kwargs, "position_ids": _position_ids(args, kwargs)}
-    watch = _Watch(name)
     if torch.compiler.is_compiling():
-        _traced.watch = watch
-        try:
-            return module_call(model, *args, **kwargs)
-        finally:
-            _traced.watch = None
+        return _running_call(model, args, kwargs, module_call)
     attention = _refuse_mixers_and_watch_attention(model)
-    _here.watch = watch
+    _here.watch = watch = _Watch()
     try:
-        output = module_call(model, *args, **kwargs)
+        output = _running_call(model, args, kwargs, module_call)
     finally:
         _here.watch = None
     _check_after(watch, attention)
     return output
+
+
+def _running_call(model, args, kwargs, module_call):
+    _running.count += 1
+    try:
+        return module_call(model, *args, **kwargs)
+    finally:
+        _running.count -= 1
 
 
 def install() -> None:

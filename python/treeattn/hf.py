@@ -151,6 +151,12 @@ def _given_tree(module, query, key, tree_plan, start_q, end_k, others) -> attent
                 f"tree_plan is a {type(tree_plan).__name__}, expected what treeattn.plan returns"
             )
         _check_sizes(module, tree_plan, batch, rows, keys)
+        if torch.compiler.is_compiling():
+            # The arrays only: a graph must not depend on what the plan was already used for.
+            arrays = tree_plan.cu_seqlens_q, tree_plan.cu_seqlens_k, tree_plan._a, tree_plan._b
+            return attention.Plan(
+                tree_plan.lowering, *arrays, tree_plan.total_q, tree_plan.total_k
+            )
         if tree_plan.device != query.device:
             return _moved(tree_plan, query.device)
         return tree_plan
@@ -306,7 +312,7 @@ def tree_attn(
     plan = _given_tree(module, query, key, *tree, others)
     if plan is None:
         if kind == _hf_masks.TREE:
-            raise _hf_watch.lost_tree(layer_name(module), "the model")
+            raise _hf_watch.lost_tree(layer_name(module))
         _hf_watch.refuse_lost_tree(module)
         plan = _causal_plan(
             module, query, key, attention_mask, kind, others.get("position_ids"), others
