@@ -60,16 +60,22 @@ def whole_gradients(model):
     return found
 
 
-def work(rank, store, mode, form, out):
+def form_of(mode):
+    return "arrays" if mode.endswith("checkpointing") else "plan"
+
+
+def work(rank, folder):
     torch.set_num_threads(1)
     treeattn.register()
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS)
     try:
-        model = wrapped(mode)
-        backward(model, rank, form)
-        found = whole_gradients(model)
-        if rank == 0:
-            torch.save(found, out)
+        for mode in MODES:
+            model = wrapped(mode)
+            backward(model, rank, form_of(mode))
+            found = whole_gradients(model)
+            if rank == 0:
+                torch.save(found, f"{folder}/{mode}.pt")
         dist.barrier()
     finally:
         dist.destroy_process_group()
@@ -83,25 +89,23 @@ def one_rank():
     return {name: grad / RANKS for name, grad in gradients(model).items()}
 
 
-@pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed")
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where the ranks, started once for all tests, leave their gradients."""
+    if not dist.is_available():
+        pytest.skip("torch was built without distributed")
+    folder = str(tmp_path_factory.mktemp("ranks"))
+    with pytest.MonkeyPatch.context() as patch:
+        # The ranks import this file by its name.
+        here = os.path.dirname(os.path.abspath(__file__))
+        patch.setenv("PYTHONPATH", here, prepend=os.pathsep)
+        torch.multiprocessing.spawn(work, (folder,), nprocs=RANKS, join=True)
+    return folder
+
+
 @pytest.mark.parametrize("mode", MODES)
-def test_two_ranks_give_the_gradients_of_one(mode, tmp_path):
-    form = "arrays" if mode.endswith("checkpointing") else "plan"
-    out = str(tmp_path / "gradients.pt")
-    # The ranks import this file by its name.
-    here = os.path.dirname(os.path.abspath(__file__))
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([here, *([before] if before else [])])
-    try:
-        torch.multiprocessing.spawn(
-            work, (str(tmp_path / "store"), mode, form, out), nprocs=RANKS, join=True
-        )
-    finally:
-        if before is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = before
-    got, wanted = torch.load(out), one_rank()
+def test_two_ranks_give_the_gradients_of_one(mode, folder):
+    got, wanted = torch.load(f"{folder}/{mode}.pt"), one_rank()
     assert got.keys() == wanted.keys()
     for name in wanted:
         torch.testing.assert_close(got[name], wanted[name], msg=lambda m: f"{name}: {m}")
