@@ -29,7 +29,7 @@ import treeattn
 CLIP = 0.2
 SIZES = {
     # prompts, answers per prompt, tokens of a prompt and of an answer (shortest, longest)
-    "full": dict(prompts=8, answers=8, prompt=(2048, 2048), answer=(256, 768), max_tokens=32768),
+    "full": dict(prompts=8, answers=8, prompt=(2048, 2048), answer=(256, 768), max_tokens=24576),
     "tiny": dict(prompts=2, answers=4, prompt=(12, 20), answer=(3, 8), max_tokens=100),
 }
 MODELS = {
@@ -126,7 +126,8 @@ def train(kind, options, device, dtype):
     torch.manual_seed(0)
     attention = "sdpa" if kind == "sdpa" else "tree_attn"
     config = LlamaConfig(**MODELS[size], attn_implementation=attention)
-    model = LlamaForCausalLM(config).to(device)
+    with device:
+        model = LlamaForCausalLM(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     generator = torch.Generator().manual_seed(1)
     max_tokens = options.max_tokens or sizes["max_tokens"]

@@ -11,7 +11,10 @@ import struct
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
+try:
+    import numpy as np
+except ImportError as error:
+    raise ImportError("treeattn.pack needs numpy: pip install numpy") from error
 
 from . import _native
 from ._native import InvalidArgument, check, load
