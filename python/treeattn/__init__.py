@@ -1,11 +1,13 @@
 """Exact tree attention: a shared prompt is computed once.
 
-torch and transformers are imported when something that needs them is used.
+torch and transformers are imported when something that needs them is used. Without torch, plan and
+tree_attention take NumPy arrays, forward on the CPU.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 
 from ._native import InvalidArgument, TreeAttnError, Unsupported
 
@@ -29,6 +31,8 @@ def __getattr__(name: str):
     place = _PLACES.get(name)
     if place is None:
         raise AttributeError(f"module 'treeattn' has no attribute {name!r}")
+    if place == "attention" and importlib.util.find_spec("torch") is None:
+        place = "_numpy"
     return getattr(importlib.import_module(f".{place}", __name__), name)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.util
 import os
 import pathlib
 import struct
@@ -207,12 +208,27 @@ def _candidates() -> list[str]:
     if named:
         return [named]
     here = pathlib.Path(__file__).parent
-    return [str(path) for path in sorted(here.glob("lib*/libtreeattn.so*"))]
+    return [str(path) for path in sorted(here.glob("lib/libtreeattn.so*"))]
+
+
+def name_nvrtc() -> None:
+    """Names the NVRTC that came with this interpreter's torch, unless the user named one. The
+    library itself looks into the environments of the shell, which need not be this one."""
+    if os.environ.get("TREEATTN_NVRTC"):
+        return
+    spec = importlib.util.find_spec("nvidia")
+    for root in spec.submodule_search_locations or () if spec else ():
+        for below in ("cu13/lib", "cuda_nvrtc/lib"):
+            folder = pathlib.Path(root, below)
+            if any(folder.glob("libnvrtc.so.1[23]")):
+                os.environ["TREEATTN_NVRTC"] = str(folder)
+                return
 
 
 @functools.cache
 def load() -> ctypes.CDLL:
     """The library, opened once a process. ImportError lists what was tried."""
+    name_nvrtc()
     tried = []
     for path in _candidates():
         try:
@@ -276,3 +292,49 @@ def plan_bytes(header: PlanHeader) -> int:
     count = c_size_t()
     check(load().treeattn_plan_bytes(header, ctypes.byref(count)))
     return count.value
+
+
+def plan_arguments(
+    ints, cu_seqlens_q, cu_seqlens_k, total_q, total_k, start_q, end_k, first, length, causal
+):
+    """Checks what a plan is asked to be made of: lowering, cu_q, cu_k, two arrays and the totals.
+
+    ints(name, x) makes an int32 array or tensor of one dimension of x, or refuses it.
+    """
+    cu_q = ints("cu_seqlens_q", cu_seqlens_q)
+    cu_k = cu_q if cu_seqlens_k is None else ints("cu_seqlens_k", cu_seqlens_k)
+    if cu_q.shape != cu_k.shape or cu_q.shape[0] == 0:
+        raise InvalidArgument(
+            f"cu_seqlens_q has {cu_q.shape[0]} elements and cu_seqlens_k {cu_k.shape[0]}, expected "
+            "batch + 1 of both"
+        )
+    a = b = None
+    lowering = LOWER_CAUSAL if causal else LOWER_FULL
+    for name_a, given_a, name_b, given_b, code in (
+        ("tree_dfs_order_start_q", start_q, "tree_dfs_order_end_k", end_k, LOWER_TREE),
+        ("first", first, "length", length, LOWER_INTERVALS),
+    ):
+        if (given_a is None) != (given_b is None):
+            missing = name_a if given_a is None else name_b
+            raise InvalidArgument(f"{missing} is missing: expected {name_a} and {name_b} together")
+        if given_a is None:
+            continue
+        if a is not None:
+            raise InvalidArgument("a tree and intervals were given, expected one of them")
+        a, b, lowering = ints(name_a, given_a), ints(name_b, given_b), code
+    if lowering == LOWER_TREE and not causal:
+        raise InvalidArgument("causal is False with tree arrays; a tree is causal inside its nodes")
+    if lowering == LOWER_INTERVALS and a.shape != b.shape:
+        raise InvalidArgument(
+            f"first has {a.shape[0]} elements and length {b.shape[0]}, expected as many"
+        )
+
+    def total(name, given, cu, array):
+        if array is None:
+            return int(given) if given is not None else int(cu[-1])
+        if given is not None and given != array.shape[0]:
+            raise InvalidArgument(f"{name} is {given}, expected {array.shape[0]}, as the arrays")
+        return array.shape[0]
+
+    total_q = total("total_q", total_q, cu_q, a if lowering == LOWER_TREE else None)
+    return lowering, cu_q, cu_k, a, b, total_q, total("total_k", total_k, cu_k, b)

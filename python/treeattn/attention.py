@@ -140,44 +140,11 @@ def plan(
         InvalidArgument: one array of a pair without the other, wrong types or lengths.
     """
     device = cu_seqlens_q.device if isinstance(cu_seqlens_q, torch.Tensor) else None
-    cu_q = _ints("cu_seqlens_q", cu_seqlens_q, device)
-    cu_k = cu_q if cu_seqlens_k is None else _ints("cu_seqlens_k", cu_seqlens_k, device)
-    if cu_q.numel() != cu_k.numel() or cu_q.numel() == 0:
-        raise InvalidArgument(
-            f"cu_seqlens_q has {cu_q.numel()} elements and cu_seqlens_k {cu_k.numel()}, expected "
-            "batch + 1 of both"
-        )
-    a = b = None
-    pairs = (
-        ("tree_dfs_order_start_q", tree_dfs_order_start_q, "tree_dfs_order_end_k",
-         tree_dfs_order_end_k, _native.LOWER_TREE),
-        ("first", first, "length", length, _native.LOWER_INTERVALS),
+    arguments = _native.plan_arguments(
+        lambda name, x: _ints(name, x, device), cu_seqlens_q, cu_seqlens_k, total_q, total_k,
+        tree_dfs_order_start_q, tree_dfs_order_end_k, first, length, causal,
     )  # fmt: skip
-    lowering = _native.LOWER_CAUSAL if causal else _native.LOWER_FULL
-    for name_a, given_a, name_b, given_b, code in pairs:
-        if (given_a is None) != (given_b is None):
-            missing = name_a if given_a is None else name_b
-            raise InvalidArgument(f"{missing} is missing: expected {name_a} and {name_b} together")
-        if given_a is None:
-            continue
-        if a is not None:
-            raise InvalidArgument("a tree and intervals were given, expected one of them")
-        a, b, lowering = _ints(name_a, given_a, device), _ints(name_b, given_b, device), code
-    if lowering == _native.LOWER_TREE and not causal:
-        raise InvalidArgument("causal is False with tree arrays; a tree is causal inside its nodes")
-
-    def total(name, given, cu, array):
-        if array is not None:
-            if given is not None and given != array.numel():
-                raise InvalidArgument(f"{name} is {given}, expected {array.numel()}, as the arrays")
-            return array.numel()
-        return int(given) if given is not None else int(cu[-1])
-
-    tree_a = a if lowering == _native.LOWER_TREE else None
-    return Plan(
-        lowering, cu_q, cu_k, a, b, total("total_q", total_q, cu_q, tree_a),
-        total("total_k", total_k, cu_k, b), position_ids,
-    )  # fmt: skip
+    return Plan(*arguments, position_ids)
 
 
 def _check(name: str, x: torch.Tensor, tokens: int, like: torch.Tensor) -> None:
