@@ -8,6 +8,7 @@ function.
 
 from __future__ import annotations
 
+import inspect
 import re
 import threading
 import warnings
@@ -209,11 +210,18 @@ def _position_ids(args, kwargs):
     return _depths(cu, cu, start.reshape(-1), end.reshape(-1), _native.LOWER_TREE).reshape(shape)
 
 
+def _given(model, args, kwargs, name: str) -> bool:
+    """Whether a call gives an argument, by name or by place."""
+    if kwargs.get(name) is not None:
+        return True
+    if len(args) <= 1 or torch.compiler.is_compiling():
+        return False
+    places = list(inspect.signature(type(model).forward).parameters)[1:]
+    return name in places[: len(args)] and args[places.index(name)] is not None
+
+
 def _check_arguments(model, args, kwargs):
-    mask = kwargs.get("attention_mask")
-    if mask is None and len(args) > 1 and isinstance(args[1], torch.Tensor):
-        mask = args[1]
-    if mask is not None:
+    if _given(model, args, kwargs, "attention_mask"):
         raise InvalidArgument(
             f"attention_mask was given to {type(model).__name__} together with a tree; expected "
             "None. Leave it out: padding at the end of a packed batch is tokens past the last "
@@ -247,7 +255,7 @@ def call(model, args, kwargs, module_call):
         return module_call(model, *args, **kwargs)
     _check_arguments(model, args, kwargs)
     _refuse_config(name, config)
-    if kwargs.get("position_ids") is None and not (len(args) > 2 and args[2] is not None):
+    if not _given(model, args, kwargs, "position_ids"):
         kwargs = {**kwargs, "position_ids": _position_ids(args, kwargs)}
     if torch.compiler.is_compiling():
         return _running_call(model, args, kwargs, module_call)

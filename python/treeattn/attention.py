@@ -35,14 +35,25 @@ class Plan:
         self._built: dict[tuple, _engine.Lists] = {}
         self._fast: dict[tuple, _engine.Lists] = {}  # by the shapes of whole calls, once checked
         self._captured: tuple[int, dict[tuple, _engine.Lists]] = (0, {})
+        self._moved: dict[torch.device, Plan] = {}
 
     def to(self, device) -> Plan:
-        """The same plan with its arrays on another device."""
-        moved = [
-            None if x is None else x.to(device)
-            for x in (self.cu_seqlens_q, self.cu_seqlens_k, self._a, self._b, self.position_ids)
-        ]
-        return Plan(self.lowering, *moved[:4], self.total_q, self.total_k, moved[4])
+        """This plan, or where it is on another device a copy, which is kept: layers of a model
+        that is spread over devices ask again and again."""
+        device = torch.device(device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        if device == self.device:
+            return self
+        if device not in self._moved:
+            arrays = [
+                None if x is None else x.to(device)
+                for x in (self.cu_seqlens_q, self.cu_seqlens_k, self._a, self._b, self.position_ids)
+            ]
+            self._moved[device] = Plan(
+                self.lowering, *arrays[:4], self.total_q, self.total_k, arrays[4]
+            )
+        return self._moved[device]
 
     def lists(self, q, k, v, softcap: float, backward: bool) -> _engine.Lists:
         """The tile lists that kernels of these tensors need, built on the current stream or

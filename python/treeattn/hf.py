@@ -157,9 +157,7 @@ def _given_tree(module, query, key, tree_plan, start_q, end_k, others) -> attent
             return attention.Plan(
                 tree_plan.lowering, *arrays, tree_plan.total_q, tree_plan.total_k
             )
-        if tree_plan.device != query.device:
-            return _moved(tree_plan, query.device)
-        return tree_plan
+        return tree_plan if tree_plan.device == query.device else tree_plan.to(query.device)
     if start_q is None or end_k is None:
         missing = "tree_dfs_order_start_q" if start_q is None else "tree_dfs_order_end_k"
         raise InvalidArgument(
@@ -184,14 +182,6 @@ def _given_tree(module, query, key, tree_plan, start_q, end_k, others) -> attent
 class _Sizes:
     def __init__(self, total_q, total_k):
         self.total_q, self.total_k = total_q, total_k
-
-
-def _moved(plan, device):
-    """The plan on the device of a layer of a model that is spread over several."""
-    moved = plan.__dict__.setdefault("_moved", {})
-    if device not in moved:
-        moved[device] = plan.to(device)
-    return moved[device]
 
 
 def _plan_of_mask(mask, batch, rows, keys, position_ids) -> attention.Plan:

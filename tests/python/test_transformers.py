@@ -140,6 +140,15 @@ def test_position_ids_left_out_are_depths():
     assert [x[0].tolist() for x in seen] == wanted
 
 
+def test_arguments_given_by_place():
+    model = make()
+    ids, positions = tokens(TREE.tokens), TREE.positions()
+    wanted = model(ids, tree_plan=TREE.plan()).logits
+    torch.testing.assert_close(model(ids, None, positions, tree_plan=TREE.plan()).logits, wanted)
+    with pytest.raises(treeattn.InvalidArgument, match="attention_mask was given"):
+        model(ids, torch.ones_like(ids), positions, tree_plan=TREE.plan())
+
+
 def test_a_plan_of_intervals_and_its_own_position_ids():
     model = make()
     ids = tokens(6)
@@ -238,7 +247,7 @@ def backend_of(device):
 def test_compile_without_graph_break(form, device, dynamo):
     model = make(device=device, dtype=dtype_of(device))
     compiled = torch.compile(model, backend=backend_of(device), fullgraph=True)
-    for nodes in (NODES, NODES[::-1][:0] + [(-1, 9), (0, 4), (0, 7)], [(-1, 3), (0, 2), (1, 9)]):
+    for nodes in (NODES, [(-1, 9), (0, 4), (0, 7)], [(-1, 3), (0, 2), (1, 9)]):
         tree = Tree(nodes)
         ids = tokens(tree.tokens, device, seed=tree.tokens)
         model.zero_grad()
@@ -384,6 +393,17 @@ def test_plans_made_in_inference_mode_serve_training():
     got = model(ids, tree_plan=plan).logits
     got.sum().backward()
     torch.testing.assert_close(got, wanted.clone())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_plan_on_the_cpu_is_copied_once():
+    model, plan = make(device="cuda", dtype=torch.bfloat16), TREE.plan()
+    ids = tokens(TREE.tokens, "cuda")
+    wanted = model(ids, tree_plan=TREE.plan("cuda")).logits
+    positions = TREE.positions("cuda")
+    torch.testing.assert_close(model(ids, position_ids=positions, tree_plan=plan).logits, wanted)
+    assert plan.to("cuda") is plan.to(torch.device("cuda:0")) is not plan
+    assert plan.to("cpu") is plan
 
 
 def test_modules_that_are_not_causal_see_everything():
@@ -710,6 +730,40 @@ def test_shifted_labels_are_warned_of():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(ids, tree_plan=TREE.plan())
+
+
+@pytest.mark.parametrize("form", ["plan", "arrays"])
+def test_trainer(form, tmp_path):
+    pytest.importorskip("accelerate")
+
+    class TreeTrainer(transformers.Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, **ignored):
+            logits = model(**inputs).logits[0]
+            return packed_loss(logits, TREE, row_weights(TREE))
+
+    def collate(examples):
+        (example,) = examples
+        return {**example, "position_ids": TREE.positions(), **how_to_give(form, TREE, "cpu")}
+
+    def trained(model, trainer):
+        ids = tokens(TREE.tokens)
+        if trainer:
+            options = transformers.TrainingArguments(
+                output_dir=str(tmp_path), per_device_train_batch_size=1, max_steps=1,
+                learning_rate=0.1, optim="sgd", lr_scheduler_type="constant", max_grad_norm=0.0,
+                remove_unused_columns=False, report_to=[], save_strategy="no", use_cpu=True,
+                disable_tqdm=True,
+            )  # fmt: skip
+            TreeTrainer(model, options, collate, [{"input_ids": ids}]).train()
+        else:
+            train(model, ids, TREE)
+            torch.optim.SGD(model.parameters(), lr=0.1).step()
+        return dict(model.named_parameters())
+
+    before, got, wanted = dict(make().named_parameters()), trained(make(), True), trained(make(), False)
+    for name in wanted:
+        torch.testing.assert_close(got[name].cpu(), wanted[name], msg=lambda m: f"{name}: {m}")
+    assert any(not torch.equal(before[name], got[name].cpu()) for name in before)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
