@@ -13,8 +13,8 @@ def main() -> None:
     program = pathlib.Path(__file__).parent / "bin" / "treeattn"
     if not program.exists():
         sys.exit(
-            f"error: {program} was not built, because CLI11 and nlohmann-json were not found; "
-            "install libcli11-dev and nlohmann-json3-dev and the package again"
+            "error: this package was installed without the command line; install it again with "
+            "pip install . -C cmake.define.TREEATTN_BUILD_CLI=ON"
         )
     _native.name_nvrtc()
     os.execv(program, [str(program), *sys.argv[1:]])
