@@ -185,6 +185,8 @@ def main():
     device = torch.device(options.device)
     # Full precision on the CPU, so that losses agree to the last digits.
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if options.tiny:
+        torch.set_num_threads(1)  # waiting for each other would take longer than the work
     treeattn.register()
     packed, report = train("packed", options, device, dtype)
     unshared, _ = train(options.baseline, options, device, dtype)
