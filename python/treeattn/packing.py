@@ -142,16 +142,14 @@ class Packed:
     @functools.cached_property
     def plan(self):
         """The :class:`treeattn.Plan` of the batch, on its device (the CPU for numpy arrays)."""
-        from .attention import plan
+        from . import plan
 
-        here = self if self.device is not None else self.to("cpu")
+        known = {} if self.device is None else {"position_ids": self.position_ids}
         return plan(
-            here.cu_seqlens,
-            total_q=self.num_tokens,
-            total_k=self.num_tokens,
-            tree_dfs_order_start_q=here.tree_dfs_order_start_q,
-            tree_dfs_order_end_k=here.tree_dfs_order_end_k,
-            position_ids=here.position_ids,
+            self.cu_seqlens,
+            tree_dfs_order_start_q=self.tree_dfs_order_start_q,
+            tree_dfs_order_end_k=self.tree_dfs_order_end_k,
+            **known,
         )
 
     def model_inputs(self) -> dict:

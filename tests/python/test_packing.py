@@ -466,6 +466,20 @@ def test_batches_survive_pickling():
     assert [part.row_ids.tolist() for part in packed.partition(6)] == [[0, 2], [1]]
 
 
+def test_the_plan_needs_no_torch(monkeypatch):
+    import importlib.util
+
+    import treeattn
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    packed = pack(ROWS)
+    # q = 0: exp(lse) counts the keys that a token sees, which are those above it and itself.
+    q = np.zeros((7, 1, 4), np.float32)
+    _, lse = treeattn.tree_attention(q, q, q, packed.plan, return_lse=True)
+    assert type(packed.plan).__module__ == "treeattn._numpy"
+    np.testing.assert_allclose(np.exp(lse[0]), packed.position_ids + 1, rtol=1e-6)
+
+
 # With torch.
 
 
