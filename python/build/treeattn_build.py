@@ -20,6 +20,8 @@ def _complete(home: str) -> bool:
 
 
 def _toolkit() -> str | None:
+    if os.environ.get("TREEATTN_SETUP_IGNORE_SYSTEM_CUDA", "0") == "1":  # as for scripts/setup.sh
+        return None
     homes = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda")
     return next((home for home in homes if home and _complete(home)), None)
 
