@@ -127,14 +127,21 @@ def _packed_ends(function, batch, tokens, device):
     at = torch.arange(tokens, device=device)[None]
     before = (at - 1).clamp(min=0)
     starts = ~function(row, head, at, before).expand(batch, tokens)
-    if torch.compiler.is_compiling():
-        # Closures cannot be looked into there; at least nobody may see the token after him.
-        ahead = function(row, head, before, before + 1).expand(batch, tokens)
-        torch._assert_async(
-            ~(ahead.any() if tokens > 1 else ahead.new_zeros(())),
-            "tree_attn computes causal masks only, and the model asks for another one",
-        )
     return tokens_before(starts | (at == 0))
+
+
+def _assert_causal(function, batch, tokens, device) -> None:
+    """What can be told of a mask function inside a graph, where closures cannot be looked into:
+    that no token sees the one after it."""
+    if tokens < 2:
+        return
+    row = torch.arange(batch, device=device)[:, None]
+    head = torch.zeros((), dtype=torch.long, device=device)
+    at = torch.arange(tokens - 1, device=device)[None]
+    torch._assert_async(
+        ~function(row, head, at, at + 1).any(),
+        "tree_attn computes causal masks only, and the model asks for another one",
+    )
 
 
 def make_mask(
@@ -173,9 +180,10 @@ def make_mask(
     if local_size is not None or use_vmap:
         return _bare(OTHER, batch_size, device)
     plain = mask_function is masking_utils.causal_mask_function
-    if not plain and not torch.compiler.is_compiling():
-        if not _causal_or_packed(mask_function):
-            return _bare(OTHER, batch_size, device)
+    if not plain and torch.compiler.is_compiling():
+        _assert_causal(mask_function, batch_size, kv_length, device)
+    elif not plain and not _causal_or_packed(mask_function):
+        return _bare(OTHER, batch_size, device)
     if _hf_watch.tree_given() and attention_mask is None:
         return _bare(TREE, batch_size, device)
     ends = None if plain else _packed_ends(mask_function, batch_size, kv_length, device)

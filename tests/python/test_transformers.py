@@ -60,9 +60,13 @@ def train(model, ids, tree, form="plan", weights=None, **arguments):
     return logits.detach(), gradients(model)
 
 
-def assert_same(got, wanted, **bounds):
+def assert_same(got, wanted, device="cpu"):
+    """Gradients: equal within f32 noise, on a GPU within what bf16 and another order cost."""
     for name in wanted:
-        torch.testing.assert_close(got[name], wanted[name], **bounds, msg=lambda m: f"{name}: {m}")
+        if device == "cpu":
+            torch.testing.assert_close(got[name], wanted[name], msg=lambda m: f"{name}: {m}")
+        else:
+            assert error(got[name], wanted[name]) < 5e-2, name
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -117,7 +121,7 @@ def test_several_trees_in_one_batch(layout, device):
     logits = model(torch.cat(ids, axis), **given, use_cache=False).logits
     together = logits[0].split([t.tokens for t in trees]) if axis == 1 else list(logits)
     for got, want in zip(together, alone):
-        assert error(got, want) < (1e-5 if device == "cpu" else 1e-2)
+        assert error(got, want) < (1e-5 if device == "cpu" else 3e-2)
 
 
 def test_position_ids_left_out_are_depths():
@@ -194,9 +198,8 @@ def test_gradient_checkpointing(reentrant, form, device):
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
     logits, got = train(model, ids, TREE, form)
-    bounds = {} if device == "cpu" else dict(atol=2e-2, rtol=2e-2)
     torch.testing.assert_close(logits, plain_logits)
-    assert_same(got, plain, **bounds)
+    assert_same(got, plain, device)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -261,10 +264,7 @@ def test_compile_without_graph_break(form, device, dynamo):
         packed_loss(logits, tree, weights).backward()
         bounds = {} if device == "cpu" else dict(atol=5e-2, rtol=5e-2)
         torch.testing.assert_close(logits, eager_logits, **bounds)
-        assert error(
-            torch.cat([g.flatten() for g in gradients(model).values()]),
-            torch.cat([g.flatten() for g in eager.values()]),
-        ) < (1e-5 if device == "cpu" else 2e-2)
+        assert_same(gradients(model), eager, device)
     # The first tree, then any length.
     assert dynamo["unique_graphs"] <= 2
 
@@ -279,7 +279,7 @@ def test_compiled_layers_in_an_eager_model(device, dynamo):
     got_logits, got = train(model, ids, TREE)
     bounds = {} if device == "cpu" else dict(atol=5e-2, rtol=5e-2)
     torch.testing.assert_close(got_logits, logits, **bounds)
-    assert_same(got, wanted, **bounds)
+    assert_same(got, wanted, device)
 
 
 def test_compile_with_checkpointing(dynamo):
@@ -321,9 +321,9 @@ def test_padding_is_not_seen(side, device):
         logits = candidate(ids, attention_mask=mask, use_cache=False).logits
         (logits.float() * weights).sum().backward()
         results.append((logits[mask.bool()].detach(), gradients(candidate)))
-    assert error(results[0][0], results[1][0]) < (1e-5 if device == "cpu" else 2e-2)
+    assert error(results[0][0], results[1][0]) < (1e-5 if device == "cpu" else 3e-2)
     for name, wanted in results[1][1].items():
-        assert error(results[0][1][name], wanted) < (1e-5 if device == "cpu" else 3e-2), name
+        assert error(results[0][1][name], wanted) < (1e-5 if device == "cpu" else 5e-2), name
         assert torch.isfinite(results[0][1][name]).all()
 
 
@@ -373,6 +373,25 @@ def test_generate(cache, device):
         torch.testing.assert_close(torch.stack(got.logits), torch.stack(wanted.logits))
     else:
         assert error(got.logits[0], wanted.logits[0]) < 2e-2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_generate_compiled_with_graphs(dynamo):
+    model = make(device="cuda", dtype=torch.bfloat16)
+    ids = tokens(12, "cuda", batch=2)
+    options = dict(
+        attention_mask=torch.tensor(PADDED_BATCH["left"], device="cuda"), max_new_tokens=6,
+        do_sample=False, pad_token_id=0, output_logits=True, return_dict_in_generate=True,
+        cache_implementation="static",
+    )  # fmt: skip
+    wanted = model.generate(ids, **options, disable_compile=True)
+    got = model.generate(ids, **options)
+    same = (got.sequences == wanted.sequences).all(0).tolist().index(False) if not torch.equal(
+        got.sequences, wanted.sequences
+    ) else got.sequences.shape[1]  # fmt: skip
+    assert same > ids.shape[1] + 1
+    for step in range(same - ids.shape[1]):
+        assert error(got.logits[step], wanted.logits[step]) < 3e-2
 
 
 def test_a_cache_continued_with_several_tokens():
@@ -428,8 +447,8 @@ def test_a_text_encoder_with_padding():
     torch.manual_seed(0)
     try:
         model = transformers.BertModel(config).eval()
-    except ValueError as refused:
-        pytest.skip(str(refused))
+    except (KeyError, ValueError) as refused:
+        pytest.skip(f"this version's text encoders take no attention of others: {refused}")
     ids, mask = tokens(12, batch=2), torch.tensor(PADDED_BATCH["right"])
     wanted = other(model)(ids, attention_mask=mask).last_hidden_state
     got = model(ids, attention_mask=mask).last_hidden_state
@@ -442,7 +461,7 @@ def test_a_decoder_made_bidirectional():
     ids = tokens(9)
     got, wanted = model(ids).logits, other(model)(ids).logits
     causal = make()(ids).logits
-    if torch.allclose(wanted, causal):
+    if torch.allclose(wanted, causal, atol=1e-4):
         pytest.skip("this version of transformers takes no notice of config.is_causal")
     torch.testing.assert_close(got, wanted)
     with pytest.raises(treeattn.Unsupported, match="full attention and a tree"):
@@ -622,6 +641,25 @@ def test_overlaid_masks_are_refused():
         )
     with pytest.raises(treeattn.Unsupported, match="a mask other than causal"):
         attend(attention_mask=mask)
+
+
+def test_overlaid_masks_are_refused_when_compiled(dynamo):
+    from transformers import masking_utils
+
+    from treeattn import _hf_masks
+
+    def overlay(b, h, q, kv):
+        return kv < 3
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def mask_of(x):
+        function = masking_utils.or_masks(masking_utils.causal_mask_function, overlay)
+        return x + _hf_masks.make_mask(
+            batch_size=1, q_length=6, kv_length=6, mask_function=function, device=x.device
+        )
+
+    with pytest.raises(RuntimeError, match="causal masks only"):
+        mask_of(torch.zeros(6))
 
 
 @pytest.mark.parametrize(
