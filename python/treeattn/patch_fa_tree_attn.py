@@ -33,7 +33,7 @@ _here = threading.local()
 
 
 def patch_FA_tree_attn() -> None:
-    """Patches transformers, 4.53 to 5.x, in this process. May be repeated, at any time.
+    """Patches transformers, 4.57 to 5.x, in this process. May be repeated, at any time.
 
     Models with ``attn_implementation="flash_attention_2"`` (or one that resembles it) then take
     ``tree_dfs_order_end_k`` and ``tree_dfs_order_start_q`` as keyword arguments of their call: int32
@@ -56,7 +56,7 @@ def patch_FA_tree_attn() -> None:
         from transformers.utils import is_flash_attn_2_available
     except ImportError as error:
         raise ImportError(
-            f"patch_FA_tree_attn needs transformers 4.53 or newer with PyTorch: {error}"
+            f"patch_FA_tree_attn needs transformers 4.57 or newer with PyTorch: {error}"
         ) from error
 
     original = getattr(modeling_flash_attention_utils, _NAME, None)
@@ -78,7 +78,7 @@ def patch_FA_tree_attn() -> None:
     if missing:
         raise Unsupported(
             f"transformers {transformers.__version__} cannot be patched: {_NAME} or its "
-            f"surroundings are without {', '.join(missing)}. Expected 4.53 to 5.x; use "
+            f"surroundings are without {', '.join(missing)}. Expected 4.57 to 5.x; use "
             "treeattn.register() and attn_implementation='tree_attn', which is no patch"
         )
     installed = is_flash_attn_2_available()

@@ -68,7 +68,7 @@ def shared_plan(total_q, total_k, cu_q, cu_k, a, b, lowering) -> attention.Plan:
     _plans.pop(key, None)
     _plans[key] = made
     while len(_plans) > _MAX_PLANS:
-        _plans.pop(next(iter(_plans)), None)
+        _plans.pop(next(iter(_plans), None), None)
     return made.plan
 
 
@@ -292,7 +292,7 @@ def flash_attn_varlen_func(
             return (out, lse, None) if return_attn_probs else out
         with _engine.outside_of_transforms():
             plan = shared_plan(q.shape[0], k.shape[0], *given, lowering)
-        if any(held.plan is plan and held.capture is None for held in _plans.values()):
+        if any(held.plan is plan and held.capture is None for held in list(_plans.values())):
             if len(_checked) >= _MAX_PLANS:
                 _checked.clear()
             _checked[key] = _Checked(given, plan)
