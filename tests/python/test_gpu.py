@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
     pytest.skip("torch sees no CUDA GPU", allow_module_level=True)
 
 import treeattn  # noqa: E402
-from treeattn import varlen  # noqa: E402
+from treeattn import _engine, varlen  # noqa: E402
 
 GPU = torch.device("cuda", 0)
 TYPES = [torch.bfloat16, torch.float16]
@@ -303,7 +303,7 @@ def captured(run, warm=2):
     return graph, result
 
 
-def test_a_captured_call_reads_the_arrays_at_each_replay():
+def test_a_captured_call_reads_the_arrays_at_each_replay(monkeypatch):
     end_k, start_q = arrays()
     cu = ints([0, start_q.numel()])
     tensors = qkv(start_q.numel())
@@ -315,6 +315,11 @@ def test_a_captured_call_reads_the_arrays_at_each_replay():
         return out, out2, torch.autograd.grad(out, tensors, dout)
 
     graph, (out, out2, grads) = captured(run)
+    built = []
+    build = _engine.build_lists
+    monkeypatch.setattr(_engine, "build_lists", lambda *a: built.append(a) or build(*a))
+    graph, (out, out2, grads) = captured(run, warm=0)
+    assert len(built) == 1, "the layers of a captured model did not share their plan"
     for nodes in (NODES, [(-1, NODES[0][1]), *[(0, n) for _, n in NODES[1:]]]):
         new_end, new_start = arrays(nodes)
         end_k.copy_(new_end)
