@@ -1,23 +1,31 @@
 #!/usr/bin/env bash
 # Gets a Debian or Ubuntu machine ready to build: installs missing packages, and fetches NVIDIA's headers and
 # NVRTC into .venv where no CUDA toolkit is found. Does nothing when nothing is missing.
-#   scripts/setup.sh [--lint]     --lint: clang-format and clang-tidy too
+#   scripts/setup.sh [--lint] [--python]
+#     --lint: clang-format and clang-tidy too
+#     --python: torch, transformers and pytest in .venv-python, 5 GB, for the tests of the Python package
 #   TREEATTN_SETUP_IGNORE_SYSTEM_CUDA=1   use the wheels even where there is a toolkit
 set -euo pipefail
 # shellcheck source=scripts/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 lint=0
-case "${1:-}" in
-  '') ;;
-  --lint) lint=1 ;;
-  *) die "unknown argument '$1'; usage: scripts/setup.sh [--lint]" ;;
-esac
+python=0
+for argument in "$@"; do
+  case "$argument" in
+    --lint) lint=1 ;;
+    --python) python=1 ;;
+    *) die "unknown argument '$argument'; usage: scripts/setup.sh [--lint] [--python]" ;;
+  esac
+done
 
 packages=(cmake ninja-build g++ libfmt-dev libcli11-dev nlohmann-json3-dev libgtest-dev libgmock-dev libsodium-dev)
 clang_format_version=14.0.6
 if [ "$lint" = 1 ]; then
   packages+=(clang-tidy python3 python3-venv)
+fi
+if [ "$python" = 1 ]; then
+  packages+=(python3 python3-venv)
 fi
 need_wheels=0
 if ! find_cuda_home >/dev/null; then
@@ -77,6 +85,15 @@ if [ "$lint" = 1 ] && ! clang-format --version 2>/dev/null | grep -q "version ${
     make_venv
     .venv/bin/pip install --quiet --disable-pip-version-check "clang-format==$clang_format_version"
   fi
+fi
+
+# Pinned to what the tests were written against; .venv stays small for those who do not test the package.
+python_packages=(torch==2.11.0 transformers==5.24.0 accelerate==1.15.0 numpy pytest)
+if [ "$python" = 1 ] && [ "$(cat .venv-python/treeattn-packages 2>/dev/null)" != "${python_packages[*]}" ]; then
+  say "fetching ${python_packages[*]} into .venv-python"
+  [ -x .venv-python/bin/pip ] || /usr/bin/python3 -m venv --clear .venv-python
+  .venv-python/bin/pip install --quiet --disable-pip-version-check "${python_packages[@]}"
+  echo "${python_packages[*]}" >.venv-python/treeattn-packages
 fi
 
 say "ready: CUDA headers and NVRTC from $(find_cuda_home)"

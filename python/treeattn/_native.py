@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.util
 import os
 import pathlib
+import struct
 from ctypes import POINTER, c_char_p, c_double, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
 
 
@@ -134,6 +136,18 @@ class BackwardArgs(_Struct):
     ]
 
 
+def _packer(struct_type, tensors: int, extra: str) -> struct.Struct:
+    """The same bytes as a struct's, written in one call: a tenth of the cost of its fields."""
+    packer = struct.Struct(f"@Iiiiii{'Pqq' * tensors}{extra}PPPNP")
+    if packer.size != ctypes.sizeof(struct_type):
+        raise ImportError(f"{struct_type.__name__} is laid out in an unexpected way here")
+    return packer
+
+
+FORWARD_PACKER = _packer(ForwardArgs, 4, "Pdd")
+BACKWARD_PACKER = _packer(BackwardArgs, 8, "PPddi")
+
+
 class PlanReport(_Struct):
     _fields_ = [
         ("struct_size", c_uint32),
@@ -153,6 +167,10 @@ class Stats(_Struct):
     ]
 
 
+class PackOptions(_Struct):
+    _fields_ = [("struct_size", c_uint32), ("min_shared", c_int64), ("max_shared", c_void_p)]
+
+
 _SIGNATURES = {
     "treeattn_engine_create": [c_int32, c_int32, POINTER(c_void_p)],
     "treeattn_engine_description": [c_void_p, c_char_p, c_size_t],
@@ -166,16 +184,22 @@ _SIGNATURES = {
     "treeattn_validate": [
         c_void_p, POINTER(PlanHeader), c_void_p, c_void_p, POINTER(PlanReport),
     ],
-    "treeattn_forward": [c_void_p, POINTER(ForwardArgs), c_void_p],
+    "treeattn_forward_workspace_bytes": [
+        c_void_p, POINTER(PlanHeader), POINTER(Shape), POINTER(c_size_t),
+    ],
+    "treeattn_forward": [c_void_p, c_char_p, c_void_p],  # the packed bytes of ForwardArgs
     "treeattn_backward_workspace_bytes": [
         c_void_p, POINTER(PlanHeader), POINTER(Shape), c_int32, POINTER(c_size_t),
     ],
-    "treeattn_backward": [c_void_p, POINTER(BackwardArgs), c_void_p],
+    "treeattn_backward": [c_void_p, c_char_p, c_void_p],  # the packed bytes of BackwardArgs
     "treeattn_prepare": [c_void_p, POINTER(Shape), c_size_t],
     "treeattn_get_stats": [c_void_p, POINTER(Stats)],
-    "treeattn_pack_rows": [c_void_p, c_void_p, c_size_t, POINTER(c_void_p)],
+    "treeattn_pack_rows_with_options": [
+        c_void_p, c_void_p, c_size_t, POINTER(PackOptions), POINTER(c_void_p),
+    ],
     "treeattn_packed_size": [c_void_p, POINTER(c_int64), POINTER(c_int64)],
     "treeattn_packed_copy": [c_void_p, *[c_void_p] * 5],
+    "treeattn_packed_copy_nodes": [c_void_p, *[c_void_p] * 3],
 }  # fmt: skip
 
 
@@ -184,12 +208,27 @@ def _candidates() -> list[str]:
     if named:
         return [named]
     here = pathlib.Path(__file__).parent
-    return [str(path) for path in sorted(here.glob("lib*/libtreeattn.so*"))]
+    return [str(path) for path in sorted(here.glob("lib/libtreeattn.so*"))]
+
+
+def name_nvrtc() -> None:
+    """Names the NVRTC that came with this interpreter's torch, unless the user named one. The
+    library itself looks into the environments of the shell, which need not be this one."""
+    if os.environ.get("TREEATTN_NVRTC"):
+        return
+    spec = importlib.util.find_spec("nvidia")
+    for root in spec.submodule_search_locations or () if spec else ():
+        for below in ("cu13/lib", "cuda_nvrtc/lib"):
+            folder = pathlib.Path(root, below)
+            if any(folder.glob("libnvrtc.so.1[23]")):
+                os.environ["TREEATTN_NVRTC"] = str(folder)
+                return
 
 
 @functools.cache
 def load() -> ctypes.CDLL:
     """The library, opened once a process. ImportError lists what was tried."""
+    name_nvrtc()
     tried = []
     for path in _candidates():
         try:
@@ -223,25 +262,26 @@ def check(status: int) -> None:
         raise _EXCEPTIONS.get(status, TreeAttnError)(text)
 
 
-_engines: dict[tuple[int, int, int], c_void_p] = {}
+# Handles by kind and device. A child process makes its own: CUDA does not survive a fork.
+_engines: dict[tuple[int, int], int] = {}
+os.register_at_fork(after_in_child=_engines.clear)
 
 
-def made_engine(kind: int, device: int = 0) -> c_void_p | None:
-    return _engines.get((kind, device, os.getpid()))
+def made_engine(kind: int, device: int = 0) -> int | None:
+    return _engines.get((kind, device))
 
 
-def engine(kind: int, device: int = 0) -> c_void_p:
+def engine(kind: int, device: int = 0) -> int:
     """The process's engine for the CPU or for a CUDA device, whose primary context is current."""
-    key = (kind, device, os.getpid())
-    made = _engines.get(key)
+    made = _engines.get((kind, device))
     if made is None:
-        made = c_void_p()
-        check(load().treeattn_engine_create(kind, 0, ctypes.byref(made)))
-        _engines[key] = made
+        handle = c_void_p()
+        check(load().treeattn_engine_create(kind, 0, ctypes.byref(handle)))
+        made = _engines[kind, device] = handle.value
     return made
 
 
-def plan_for(on: c_void_p, total_q: int, total_k: int, batch: int, shapes) -> PlanHeader:
+def plan_for(on: int, total_q: int, total_k: int, batch: int, shapes) -> PlanHeader:
     header = PlanHeader()
     array = (Shape * len(shapes))(*shapes)
     check(load().treeattn_plan_for(on, total_q, total_k, batch, array, len(shapes), header))
@@ -252,3 +292,49 @@ def plan_bytes(header: PlanHeader) -> int:
     count = c_size_t()
     check(load().treeattn_plan_bytes(header, ctypes.byref(count)))
     return count.value
+
+
+def plan_arguments(
+    ints, cu_seqlens_q, cu_seqlens_k, total_q, total_k, start_q, end_k, first, length, causal
+):
+    """Checks what a plan is asked to be made of: lowering, cu_q, cu_k, two arrays and the totals.
+
+    ints(name, x) makes an int32 array or tensor of one dimension of x, or refuses it.
+    """
+    cu_q = ints("cu_seqlens_q", cu_seqlens_q)
+    cu_k = cu_q if cu_seqlens_k is None else ints("cu_seqlens_k", cu_seqlens_k)
+    if cu_q.shape != cu_k.shape or cu_q.shape[0] == 0:
+        raise InvalidArgument(
+            f"cu_seqlens_q has {cu_q.shape[0]} elements and cu_seqlens_k {cu_k.shape[0]}, expected "
+            "batch + 1 of both"
+        )
+    a = b = None
+    lowering = LOWER_CAUSAL if causal else LOWER_FULL
+    for name_a, given_a, name_b, given_b, code in (
+        ("tree_dfs_order_start_q", start_q, "tree_dfs_order_end_k", end_k, LOWER_TREE),
+        ("first", first, "length", length, LOWER_INTERVALS),
+    ):
+        if (given_a is None) != (given_b is None):
+            missing = name_a if given_a is None else name_b
+            raise InvalidArgument(f"{missing} is missing: expected {name_a} and {name_b} together")
+        if given_a is None:
+            continue
+        if a is not None:
+            raise InvalidArgument("a tree and intervals were given, expected one of them")
+        a, b, lowering = ints(name_a, given_a), ints(name_b, given_b), code
+    if lowering == LOWER_TREE and not causal:
+        raise InvalidArgument("causal is False with tree arrays; a tree is causal inside its nodes")
+    if lowering == LOWER_INTERVALS and a.shape != b.shape:
+        raise InvalidArgument(
+            f"first has {a.shape[0]} elements and length {b.shape[0]}, expected as many"
+        )
+
+    def total(name, given, cu, array):
+        if array is None:
+            return int(given) if given is not None else int(cu[-1])
+        if given is not None and given != array.shape[0]:
+            raise InvalidArgument(f"{name} is {given}, expected {array.shape[0]}, as the arrays")
+        return array.shape[0]
+
+    total_q = total("total_q", total_q, cu_q, a if lowering == LOWER_TREE else None)
+    return lowering, cu_q, cu_k, a, b, total_q, total("total_k", total_k, cu_k, b)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-import weakref
 
 import torch
 
 from . import _engine, _native, _ops
 from ._native import InvalidArgument
-
-_live_plans: weakref.WeakSet[Plan] = weakref.WeakSet()
 
 
 class Plan:
@@ -34,47 +31,60 @@ class Plan:
         self.total_q, self.total_k = total_q, total_k
         self.batch = cu_q.numel() - 1
         self.position_ids = position_ids
-        self._built: dict[tuple, tuple[list[int], torch.Tensor, object]] = {}
-        _live_plans.add(self)
-
-    @property
-    def device(self) -> torch.device:
-        return self.cu_seqlens_q.device
+        self.device = cu_q.device
+        self._built: dict[tuple, _engine.Lists] = {}
+        self._fast: dict[tuple, _engine.Lists] = {}  # by the shapes of whole calls, once checked
+        self._captured: tuple[int, dict[tuple, _engine.Lists]] = (0, {})
+        self._moved: dict[torch.device, Plan] = {}
 
     def to(self, device) -> Plan:
-        """The same plan with its arrays on another device."""
-        moved = [
-            None if x is None else x.to(device)
-            for x in (self.cu_seqlens_q, self.cu_seqlens_k, self._a, self._b, self.position_ids)
-        ]
-        return Plan(self.lowering, *moved[:4], self.total_q, self.total_k, moved[4])
+        """This plan, or where it is on another device a copy, which is kept: layers of a model
+        that is spread over devices ask again and again."""
+        device = torch.device(device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        if device == self.device:
+            return self
+        if device not in self._moved:
+            arrays = [
+                None if x is None else x.to(device)
+                for x in (self.cu_seqlens_q, self.cu_seqlens_k, self._a, self._b, self.position_ids)
+            ]
+            self._moved[device] = Plan(
+                self.lowering, *arrays[:4], self.total_q, self.total_k, arrays[4]
+            )
+        return self._moved[device]
 
-    def lists(self, q, k, v, softcap: float, backward: bool) -> tuple[list[int], torch.Tensor]:
-        """Header and buffer of the tile lists that kernels of these tensors need."""
-        shape = (q.dtype, k.shape[1], q.shape[1], q.shape[2], v.shape[2], softcap > 0)
-        if torch.compiler.is_compiling():
-            # Inside a graph plans are values: what is built there stays there.
-            found = self._built.get((shape, True)) or self._built.get((shape, backward))
-            return found[:2] if found else self._build(q, k, v, softcap, backward, compiled=True)
-        capturing = q.is_cuda and torch.cuda.is_current_stream_capturing()
-        found = self._built.get((shape, True)) or self._built.get((shape, backward))
-        if found is None:
-            header, buffer = self._build(q, k, v, softcap, backward, compiled=False)
-            if not capturing:
-                # What a capture builds is made anew by every replay, in the graph's own memory.
-                self._built[shape, backward] = header, buffer, _mark(buffer)
-            return header, buffer
-        header, buffer, mark = found
-        _after(mark, buffer)
-        return header, buffer
-
-    def _build(self, q, k, v, softcap, backward, compiled):
-        shape = _engine.shape_struct(q, k, v, softcap, backward)
-        header = _engine.plan_header(q.device, self.total_q, self.total_k, self.batch, shape)
+    def lists(self, q, k, v, softcap: float, backward: bool) -> _engine.Lists:
+        """The tile lists that kernels of these tensors need, built on the current stream or
+        waited for by it."""
+        shape = (q.dtype, q.shape[1], k.shape[1], q.shape[2], v.shape[2], softcap > 0)
+        found = self._find(self._built, shape, backward)
+        if found is not None:
+            found.wait()
+            return found
+        capture = _engine.capture_id(self.device)
+        if capture is None:
+            kept = self._built
+        else:
+            # What a capture builds is made anew by every replay, in the graph's own memory.
+            if capture == 0 or self._captured[0] != capture:
+                self._captured = (capture, {})
+            kept = self._captured[1]
+            found = self._find(kept, shape, backward)
+            if found is not None and found.stream == _engine.stream_of(self.device):
+                return found
         arrays = (self.cu_seqlens_q, self.cu_seqlens_k, self._a, self._b)
-        if compiled:
-            return header, _ops.build_plan(*arrays, self.lowering, header)
-        return header, _engine.build_plan(header, self.lowering, *arrays)
+        with _engine.outside_of_transforms():
+            made = _engine.build_lists(
+                q, k, v, softcap, backward, self.total_q, self.total_k, self.lowering, *arrays
+            )
+        kept[shape, backward] = made
+        return made
+
+    @staticmethod
+    def _find(kept, shape, backward):
+        return kept.get((shape, True)) or (None if backward else kept.get((shape, False)))
 
     def prepare(
         self, heads: int, heads_kv: int, head_dim: int, head_dim_v: int | None = None,
@@ -96,32 +106,9 @@ class Plan:
         if not self._built:
             on_cpu = self.device.type == "cpu"
             self.prepare(1, 1, 64, dtype=torch.float32 if on_cpu else torch.bfloat16)
-        header, buffer, mark = next(iter(self._built.values()))
-        _after(mark, buffer)
-        report = _engine.validate(header, buffer)
-        if not report.valid:
-            raise InvalidArgument(report.message.decode(errors="replace"))
-
-
-def _mark(buffer: torch.Tensor):
-    """What later users of the buffer on other streams must wait for."""
-    if not buffer.is_cuda:
-        return None
-    stream = torch.cuda.current_stream(buffer.device)
-    event = torch.cuda.Event()
-    event.record(stream)
-    return stream.cuda_stream, event
-
-
-def _after(mark, buffer: torch.Tensor) -> None:
-    if mark is None:
-        return
-    stream = torch.cuda.current_stream(buffer.device)
-    if stream.cuda_stream == mark[0]:
-        return
-    if not torch.cuda.is_current_stream_capturing():
-        stream.wait_event(mark[1])
-    buffer.record_stream(stream)
+        lists = next(iter(self._built.values()))
+        lists.wait()
+        _engine.validate(lists)
 
 
 def _ints(name: str, x, device) -> torch.Tensor:
@@ -131,7 +118,7 @@ def _ints(name: str, x, device) -> torch.Tensor:
         raise InvalidArgument(
             f"{name} is {list(x.shape)} of {x.dtype}, expected one dimension of int32"
         )
-    return x.to(torch.int32).contiguous()
+    return _engine.unwrapped(x.to(torch.int32).contiguous())
 
 
 def plan(
@@ -164,44 +151,11 @@ def plan(
         InvalidArgument: one array of a pair without the other, wrong types or lengths.
     """
     device = cu_seqlens_q.device if isinstance(cu_seqlens_q, torch.Tensor) else None
-    cu_q = _ints("cu_seqlens_q", cu_seqlens_q, device)
-    cu_k = cu_q if cu_seqlens_k is None else _ints("cu_seqlens_k", cu_seqlens_k, device)
-    if cu_q.numel() != cu_k.numel() or cu_q.numel() == 0:
-        raise InvalidArgument(
-            f"cu_seqlens_q has {cu_q.numel()} elements and cu_seqlens_k {cu_k.numel()}, expected "
-            "batch + 1 of both"
-        )
-    a = b = None
-    pairs = (
-        ("tree_dfs_order_start_q", tree_dfs_order_start_q, "tree_dfs_order_end_k",
-         tree_dfs_order_end_k, _native.LOWER_TREE),
-        ("first", first, "length", length, _native.LOWER_INTERVALS),
+    arguments = _native.plan_arguments(
+        lambda name, x: _ints(name, x, device), cu_seqlens_q, cu_seqlens_k, total_q, total_k,
+        tree_dfs_order_start_q, tree_dfs_order_end_k, first, length, causal,
     )  # fmt: skip
-    lowering = _native.LOWER_CAUSAL if causal else _native.LOWER_FULL
-    for name_a, given_a, name_b, given_b, code in pairs:
-        if (given_a is None) != (given_b is None):
-            missing = name_a if given_a is None else name_b
-            raise InvalidArgument(f"{missing} is missing: expected {name_a} and {name_b} together")
-        if given_a is None:
-            continue
-        if a is not None:
-            raise InvalidArgument("a tree and intervals were given, expected one of them")
-        a, b, lowering = _ints(name_a, given_a, device), _ints(name_b, given_b, device), code
-    if lowering == _native.LOWER_TREE and not causal:
-        raise InvalidArgument("causal is False with tree arrays; a tree is causal inside its nodes")
-
-    def total(name, given, cu, array):
-        if array is not None:
-            if given is not None and given != array.numel():
-                raise InvalidArgument(f"{name} is {given}, expected {array.numel()}, as the arrays")
-            return array.numel()
-        return int(given) if given is not None else int(cu[-1])
-
-    tree_a = a if lowering == _native.LOWER_TREE else None
-    return Plan(
-        lowering, cu_q, cu_k, a, b, total("total_q", total_q, cu_q, tree_a),
-        total("total_k", total_k, cu_k, b), position_ids,
-    )  # fmt: skip
+    return Plan(*arguments, position_ids)
 
 
 def _check(name: str, x: torch.Tensor, tokens: int, like: torch.Tensor) -> None:
@@ -213,6 +167,79 @@ def _check(name: str, x: torch.Tensor, tokens: int, like: torch.Tensor) -> None:
         raise InvalidArgument(
             f"{name} is {x.dtype} on {x.device}, expected {like.dtype} on {like.device} as q"
         )
+
+
+def _check_call(q, k, v, plan: Plan) -> None:
+    _check("q", q, plan.total_q, q)
+    _check("k", k, plan.total_k, q)
+    _check("v", v, plan.total_k, q)
+    if plan.device != q.device:
+        raise InvalidArgument(
+            f"the plan is on {plan.device} and q on {q.device}; use plan.to({str(q.device)!r})"
+        )
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def traced(q, k, v) -> bool:
+    """Whether somebody looks on who must see operators: a compiler, a dispatch mode (selective
+    checkpointing, FLOP counting, export) or a tensor subclass."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or type(q) not in _PLAIN
+        or type(k) not in _PLAIN
+        or type(v) not in _PLAIN
+    )
+
+
+_any_autocast = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
+
+
+def autocast(q, k, v):
+    """q, k and v in the type of the autocast region that surrounds the call, if one does."""
+    if not (torch.compiler.is_compiling() or _any_autocast()):
+        return q, k, v
+    device = q.device.type
+    if not torch.is_autocast_enabled(device):
+        return q, k, v
+    dtype = torch.get_autocast_dtype(device)
+    return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
+def scale_of(q, softmax_scale: float | None) -> float:
+    return 1.0 / math.sqrt(q.shape[2]) if softmax_scale is None else float(softmax_scale)
+
+
+def eager(q, k, v, plan: Plan, softmax_scale, softcap, deterministic, return_lse):
+    """The way of plain tensors: checks and lookups once a shape, then straight to the library."""
+    inside = _engine.transformed()
+    needs_grad = inside or (
+        torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    )
+    key = (
+        q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device,
+        softcap > 0, needs_grad,
+    )  # fmt: skip
+    lists = plan._fast.get(key)
+    if lists is None:
+        _check_call(q, k, v, plan)
+        lists = plan.lists(q, k, v, softcap, needs_grad)
+        if lists in plan._built.values():
+            plan._fast[key] = lists
+    elif lists.cuda:
+        lists.wait()
+    softmax_scale = scale_of(q, softmax_scale)
+    if not needs_grad:
+        out, lse = _engine.forward(lists, q, k, v, softmax_scale, softcap)
+        return (out, lse) if return_lse else out
+    deterministic = bool(deterministic) or torch.are_deterministic_algorithms_enabled()
+    call = (lists, softmax_scale, softcap, deterministic, return_lse)
+    if inside:
+        out, lse = _ops.TransformedAttention.apply(q, k, v, call)
+        return (out, lse) if return_lse else out
+    return _ops.apply_attention(q, k, v, call)
 
 
 def tree_attention(
@@ -239,31 +266,32 @@ def tree_attention(
         return_lse: return (out, lse) with lse [heads, total_q], f32, natural logarithm. Both are
             differentiable.
 
-    Under autocast q, k and v are cast to its type. Gradients of gradients are refused.
+    NumPy arrays are taken too, for forward on the CPU, and answered with arrays. Under autocast q,
+    k and v are cast to its type. Gradients of gradients are refused. A graph captured from this
+    call reads the plan whenever it is replayed, so the plan has to be kept.
+
+    Raises:
+        InvalidArgument: shapes, types or devices that do not go together.
+        Unsupported: a device or head size without kernels.
     """
-    if torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    _check("q", q, plan.total_q, q)
-    _check("k", k, plan.total_k, q)
-    _check("v", v, plan.total_k, q)
-    if plan.device != q.device:
-        raise InvalidArgument(
-            f"the plan is on {plan.device} and q on {q.device}; use plan.to({str(q.device)!r})"
-        )
-    if softmax_scale is None:
-        softmax_scale = 1.0 / math.sqrt(q.shape[2])
-    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    header, buffer = plan.lists(q, k, v, softcap, needs_grad)
-    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
-    if torch.compiler.is_compiling():
-        out, lse = _ops.forward(
-            q, k, v, buffer, header, float(softmax_scale), float(softcap), deterministic
-        )
-    elif needs_grad:
-        out, lse = _ops.Attention.apply(
-            q, k, v, buffer, header, softmax_scale, softcap, deterministic
-        )
+    if not isinstance(q, torch.Tensor):
+        q, k, v = (torch.from_numpy(x) for x in (q, k, v))
+        with torch.no_grad():
+            result = tree_attention(q, k, v, plan, softmax_scale, softcap, False, return_lse)
+        return tuple(x.numpy() for x in result) if return_lse else result.numpy()
+    q, k, v = autocast(q, k, v)
+    if not traced(q, k, v):
+        return eager(q, k, v, plan, softmax_scale, softcap, deterministic, return_lse)
+    _check_call(q, k, v, plan)
+    numbers = (
+        scale_of(q, softmax_scale), float(softcap),
+        deterministic or torch.are_deterministic_algorithms_enabled(),
+    )  # fmt: skip
+    shape = (q.dtype, q.shape[1], k.shape[1], q.shape[2], v.shape[2], softcap > 0)
+    lists = plan._built.get((shape, True))
+    if lists is not None:
+        out, lse = _ops.forward(q, k, v, lists.buffer, lists.ints, *numbers)
     else:
-        out, lse = _engine.forward(q, k, v, buffer, header, softmax_scale, softcap)
+        arrays = (plan.cu_seqlens_q, plan.cu_seqlens_k, plan._a, plan._b, plan.lowering)
+        out, lse = _ops.varlen_forward(q, k, v, *arrays, *numbers)
     return (out, lse) if return_lse else out

@@ -307,8 +307,17 @@ treeattn_status treeattn_get_stats(const treeattn_engine* engine, treeattn_stats
 
 treeattn_status treeattn_pack_rows(const int64_t* tokens, const int64_t* row_offsets,
                                    size_t num_rows, treeattn_packed** packed) {
+  const treeattn_pack_options options = TREEATTN_PACK_OPTIONS_INIT;
+  return treeattn_pack_rows_with_options(tokens, row_offsets, num_rows, &options, packed);
+}
+
+treeattn_status treeattn_pack_rows_with_options(const int64_t* tokens, const int64_t* row_offsets,
+                                                size_t num_rows,
+                                                const treeattn_pack_options* options,
+                                                treeattn_packed** packed) {
   return guarded([&] {
     treeattn_packed*& out = require(packed, "packed");
+    const treeattn_pack_options& given = require_struct(options, "options");
     const int64_t* const at = &require(row_offsets, "row_offsets");
     if (at[0] != 0) refuse(fmt::format("row_offsets[0] is {}, expected 0", at[0]));
     std::vector<std::span<const int64_t>> rows;
@@ -321,7 +330,9 @@ treeattn_status treeattn_pack_rows(const int64_t* tokens, const int64_t* row_off
       if (at[r + 1] > 0) require(tokens, "tokens");
       rows.emplace_back(tokens + at[r], static_cast<std::size_t>(at[r + 1] - at[r]));
     }
-    out = new treeattn_packed{treeattn::pack_rows(rows)};
+    treeattn::PackOptions converted{given.min_shared};
+    if (given.max_shared != nullptr) converted.max_shared = {given.max_shared, num_rows};
+    out = new treeattn_packed{treeattn::pack_rows(rows, converted)};
   });
 }
 
@@ -355,6 +366,18 @@ treeattn_status treeattn_packed_copy(const treeattn_packed* packed, int64_t* tok
     rows.tree.append_arrays(start, end);
     copy(start, tree_dfs_order_start_q);
     copy(end, tree_dfs_order_end_k);
+  });
+}
+
+treeattn_status treeattn_packed_copy_nodes(const treeattn_packed* packed, int64_t* node_parents,
+                                           int64_t* node_lengths, int64_t* row_nodes) {
+  return guarded([&] {
+    const treeattn::PackedRows& rows = require(packed, "packed").rows;
+    for (const treeattn::TreeNode& node : rows.tree.nodes()) {
+      if (node_parents != nullptr) *node_parents++ = node.parent;
+      if (node_lengths != nullptr) *node_lengths++ = node.length;
+    }
+    if (row_nodes != nullptr) std::copy(rows.row_nodes.begin(), rows.row_nodes.end(), row_nodes);
   });
 }
 

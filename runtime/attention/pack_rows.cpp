@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstddef>
 #include <limits>
+#include <string_view>
+#include <unordered_map>
 
 #include "treeattn/error.h"
 #include "treeattn/tree.h"
@@ -14,6 +16,7 @@ using Row = std::span<const std::int64_t>;
 constexpr std::int32_t kNone = -1;
 
 /// A run of tokens that no row leaves or ends inside of. The tokens stay in the row they came from.
+/// A node without tokens is the root of a group of rows; it is not part of the forest.
 struct TrieNode {
   const std::int64_t* tokens;
   std::int64_t length;
@@ -25,6 +28,7 @@ struct TrieNode {
 };
 
 /// (parent, first token) -> child, by open addressing; children are replaced but never removed.
+/// What a row may not share is in no map, so no other row finds it.
 class ChildMap {
  public:
   explicit ChildMap(std::size_t most_children) {
@@ -62,20 +66,63 @@ class ChildMap {
   std::vector<Slot> slots_;
 };
 
+/// The root of each row's group: rows whose first `min_shared` tokens, all of them shareable, are
+/// equal share a root.
+class Groups {
+ public:
+  explicit Groups(std::int64_t min_shared) : bytes_(0) {
+    constexpr std::int64_t kToken = sizeof(std::int64_t);
+    constexpr std::int64_t kMost = std::numeric_limits<std::int64_t>::max() / kToken;
+    bytes_ = static_cast<std::size_t>(std::min(min_shared, kMost) * kToken);
+  }
+
+  /// The value for the shareable part of a row, kNone if there is none yet; null if it is too
+  /// short to be shared.
+  std::int32_t* find(const Row& shareable) {
+    if (shareable.size_bytes() < bytes_) return nullptr;
+    const std::string_view key(reinterpret_cast<const char*>(shareable.data()), bytes_);
+    return &roots_.try_emplace(key, kNone).first->second;
+  }
+
+ private:
+  std::size_t bytes_;
+  std::unordered_map<std::string_view, std::int32_t> roots_;
+};
+
 class Trie {
  public:
-  /// A row adds at most a leaf, and splits a node where it leaves it or ends.
-  explicit Trie(std::span<const Row> rows) : children_(2 * rows.size()) {
+  /// A row adds at most a root, a shared and an unshared leaf, and splits a node where it leaves it
+  /// or ends.
+  Trie(std::span<const Row> rows, const PackOptions& options) : children_(2 * rows.size()) {
     nodes_.reserve(2 * rows.size() + 1);
     ends_.reserve(rows.size());
     nodes_.push_back({nullptr, 0, kNone});
-    for (const Row& row : rows) insert(row);
+    Groups groups(options.min_shared);
+    for (std::size_t r = 0; r < rows.size(); ++r) {
+      const std::size_t most =
+          options.max_shared.empty()
+              ? rows[r].size()
+              : std::min(rows[r].size(), static_cast<std::size_t>(options.max_shared[r]));
+      Row shareable = rows[r].first(most);
+      std::int32_t end = 0;
+      if (options.min_shared > 1 && !rows[r].empty()) {
+        std::int32_t* root = groups.find(shareable);
+        if (root == nullptr) shareable = {};
+        if (root != nullptr && *root == kNone) *root = add_leaf(0, nullptr, 0);
+        if (root != nullptr) end = *root;
+      }
+      end = insert(end, shareable);
+      const Row rest = rows[r].subspan(shareable.size());
+      if (!rest.empty()) end = add_leaf(end, rest.data(), static_cast<std::int64_t>(rest.size()));
+      ends_.push_back(end);
+    }
   }
 
   PackedRows pack(std::span<const Row> rows) const {
     PackedRows packed;
     std::vector<std::int64_t> position(nodes_.size());
-    packed.tree = lay_out(packed, position);
+    std::vector<std::int32_t> dfs_index(nodes_.size(), kNone);
+    packed.tree = lay_out(packed, position, dfs_index);
     packed.tree.append_position_ids(packed.position_ids);
     packed.row_offsets.assign(1, 0);
     packed.row_offsets.reserve(rows.size() + 1);
@@ -84,7 +131,9 @@ class Trie {
                                    static_cast<std::int64_t>(row.size()));
     }
     packed.row_positions.resize(static_cast<std::size_t>(packed.row_offsets.back()));
+    packed.row_nodes.reserve(rows.size());
     for (std::size_t r = 0; r < rows.size(); ++r) {
+      packed.row_nodes.push_back(dfs_index[ends_[r]]);
       std::int64_t at = packed.row_offsets[r + 1];
       for (std::int32_t id = ends_[r]; id != 0; id = nodes_[id].parent) {
         at -= nodes_[id].length;
@@ -97,15 +146,14 @@ class Trie {
   }
 
  private:
-  void insert(const Row& row) {
-    std::int32_t parent = 0;
+  /// The node below `parent` that the row ends at.
+  std::int32_t insert(std::int32_t parent, const Row& row) {
     std::size_t at = 0;
     while (at < row.size()) {
       std::int32_t& child = children_.find(parent, row[at]);
       if (child == kNone) {
         child = add_leaf(parent, row.data() + at, static_cast<std::int64_t>(row.size() - at));
-        parent = child;
-        break;
+        return child;
       }
       const std::int64_t* mine = row.data() + at;
       const std::int64_t most =
@@ -116,7 +164,7 @@ class Trie {
       parent = child;
       at += static_cast<std::size_t>(shared);
     }
-    ends_.push_back(parent);
+    return parent;
   }
 
   std::int32_t add_leaf(std::int32_t parent, const std::int64_t* tokens, std::int64_t length) {
@@ -149,15 +197,16 @@ class Trie {
   }
 
   /// Walks the trie in DFS pre-order: packs the tokens and notes where each node's begin.
-  Tree lay_out(PackedRows& packed, std::vector<std::int64_t>& position) const {
+  Tree lay_out(PackedRows& packed, std::vector<std::int64_t>& position,
+               std::vector<std::int32_t>& dfs_index) const {
     std::vector<TreeNode> nodes;
-    std::vector<std::int32_t> dfs_index(nodes_.size(), kNone);
     nodes.reserve(nodes_.size() - 1);
     std::size_t total = 0;
     for (const TrieNode& node : nodes_) total += static_cast<std::size_t>(node.length);
     packed.tokens.reserve(total);
     for (std::int32_t id = nodes_[0].first_child; id > 0; id = after(id)) {
       const TrieNode& node = nodes_[id];
+      if (node.length == 0) continue;
       dfs_index[id] = static_cast<std::int32_t>(nodes.size());
       position[id] = static_cast<std::int64_t>(packed.tokens.size());
       nodes.push_back({dfs_index[node.parent], node.length});
@@ -180,13 +229,30 @@ class Trie {
 
 }  // namespace
 
-PackedRows pack_rows(std::span<const Row> rows) {
-  constexpr std::size_t kMostRows = std::numeric_limits<std::int32_t>::max() / 2 - 1;
+PackedRows pack_rows(std::span<const Row> rows, const PackOptions& options) {
+  constexpr std::size_t kMostRows = std::numeric_limits<std::int32_t>::max() / 4 - 1;
   if (rows.size() > kMostRows) {
     throw Error(ErrorCode::kInvalidTree,
                 fmt::format("{} rows, at most {} can be packed together", rows.size(), kMostRows));
   }
-  return Trie(rows).pack(rows);
+  if (options.min_shared < 1) {
+    throw Error(ErrorCode::kInvalidArgument,
+                fmt::format("min_shared is {}, expected at least 1", options.min_shared),
+                "1 shares every common prefix");
+  }
+  if (!options.max_shared.empty() && options.max_shared.size() != rows.size()) {
+    throw Error(ErrorCode::kInvalidArgument,
+                fmt::format("max_shared has {} elements, expected one per row: {}",
+                            options.max_shared.size(), rows.size()));
+  }
+  for (std::size_t r = 0; r < options.max_shared.size(); ++r) {
+    if (options.max_shared[r] < 0) {
+      throw Error(
+          ErrorCode::kInvalidArgument,
+          fmt::format("max_shared[{}] is {}, expected at least 0", r, options.max_shared[r]));
+    }
+  }
+  return Trie(rows, options).pack(rows);
 }
 
 }  // namespace treeattn

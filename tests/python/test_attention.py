@@ -71,6 +71,31 @@ def test_a_compiled_function_has_no_graph_break_and_the_same_gradients():
         torch.testing.assert_close(got, wanted)
 
 
+def test_a_compiled_function_serves_batches_of_other_lengths():
+    compiles = []
+
+    def count(graph, inputs):
+        compiles.append(graph)
+        return graph.forward
+
+    @torch.compile(backend=count, fullgraph=True)
+    def layer(q, k, v, plan):
+        return treeattn.tree_attention(q * 1.0, k, v, plan)
+
+    for ready in (False, True):
+        compiles.clear()
+        for more in range(1, 6):
+            start, end = [*START, *[3] * more], [*END, *[3] * more]
+            n = len(start)
+            plan = treeattn.plan([0, n], tree_dfs_order_start_q=start, tree_dfs_order_end_k=end)
+            if ready:
+                plan.prepare(4, 2, 8, dtype=torch.float64)
+            q, k, v = (torch.randn(n, heads, 8, dtype=torch.float64) for heads in (4, 2, 2))
+            got = layer(q, k, v, plan)
+            torch.testing.assert_close(got, treeattn.tree_attention(q, k, v, plan))
+        assert len(compiles) <= 2, f"{len(compiles)} compiles"
+
+
 def test_autocast_decides_the_dtype():
     q, k, v = make_qkv(dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -84,10 +109,10 @@ def test_tile_lists_are_built_once_for_all_layers():
     plan = make_plan()
     q, k, v = make_qkv()
     treeattn.tree_attention(q, k, v, plan)
-    first = next(iter(plan._built.values()))[1].data_ptr()
+    first = [lists.pointer for lists in plan._built.values()]
     with torch.no_grad():
         treeattn.tree_attention(q, k, v, plan)
-    assert [entry[1].data_ptr() for entry in plan._built.values()] == [first]
+    assert [lists.pointer for lists in plan._built.values()] == first
 
 
 def test_second_derivatives_are_refused():

@@ -400,6 +400,15 @@ TEST_F(CApi, RowsArePackedIntoAPrefixForest) {
   EXPECT_EQ(start, (std::vector<std::int32_t>{0, 0, 1, 2, 3}));
   EXPECT_EQ(end, (std::vector<std::int32_t>{2, 2, 1, 2, 3}));
   EXPECT_EQ(treeattn_packed_copy(packed, nullptr, nullptr, nullptr, nullptr, nullptr), TREEATTN_OK);
+  std::vector<std::int64_t> parents(4);
+  std::vector<std::int64_t> lengths(4);
+  std::vector<std::int64_t> row_nodes(4);
+  ASSERT_EQ(treeattn_packed_copy_nodes(packed, parents.data(), lengths.data(), row_nodes.data()),
+            TREEATTN_OK);
+  EXPECT_EQ(parents, (std::vector<std::int64_t>{-1, 0, 0, -1}));
+  EXPECT_EQ(lengths, (std::vector<std::int64_t>{2, 1, 1, 1}));
+  EXPECT_EQ(row_nodes, (std::vector<std::int64_t>{1, 2, -1, 3}));
+  EXPECT_EQ(treeattn_packed_copy_nodes(packed, nullptr, nullptr, nullptr), TREEATTN_OK);
   treeattn_packed_destroy(packed);
   treeattn_packed_destroy(nullptr);
 
@@ -408,6 +417,39 @@ TEST_F(CApi, RowsArePackedIntoAPrefixForest) {
   EXPECT_THAT(treeattn_last_error(), HasSubstr("row_offsets[2] is 2, expected at least"));
   EXPECT_EQ(treeattn_pack_rows(nullptr, offsets.data(), 4, &packed), TREEATTN_INVALID_ARGUMENT);
   EXPECT_THAT(treeattn_last_error(), HasSubstr("tokens is null"));
+}
+
+TEST_F(CApi, WhatRowsMayShareIsAnOption) {
+  const std::vector<std::int64_t> tokens{7, 8, 9, 7, 8, 9, 7, 5};
+  const std::vector<std::int64_t> offsets{0, 3, 6, 8};
+  const std::vector<std::int64_t> most{2, 3, 2};
+  treeattn_pack_options options = TREEATTN_PACK_OPTIONS_INIT;
+  const auto packed_tokens = [&] {
+    treeattn_packed* packed = nullptr;
+    EXPECT_EQ(treeattn_pack_rows_with_options(tokens.data(), offsets.data(), 3, &options, &packed),
+              TREEATTN_OK);
+    std::int64_t count = 0;
+    std::int64_t nodes = 0;
+    EXPECT_EQ(treeattn_packed_size(packed, &count, &nodes), TREEATTN_OK);
+    treeattn_packed_destroy(packed);
+    return count;
+  };
+  EXPECT_EQ(packed_tokens(), 4);
+  options.min_shared = 2;
+  EXPECT_EQ(packed_tokens(), 5);
+  options.max_shared = most.data();
+  EXPECT_EQ(packed_tokens(), 6);
+
+  treeattn_packed* packed = nullptr;
+  options.min_shared = 0;
+  EXPECT_THAT(
+      invalid(treeattn_pack_rows_with_options(tokens.data(), offsets.data(), 3, &options, &packed)),
+      HasSubstr("min_shared is 0"));
+  options.struct_size = 4;
+  EXPECT_THAT(
+      invalid(treeattn_pack_rows_with_options(tokens.data(), offsets.data(), 3, &options, &packed)),
+      HasSubstr("options.struct_size is 4"));
+  EXPECT_EQ(packed, nullptr);
 }
 
 TEST_F(CApi, StatsAreFilled) {

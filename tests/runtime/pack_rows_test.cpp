@@ -6,12 +6,15 @@
 #include <set>
 
 #include "runtime/attention/splitmix.h"
+#include "treeattn/error.h"
 #include "treeattn/tree.h"
 
 namespace treeattn {
 namespace {
 
+using ::testing::Each;
 using ::testing::ElementsAre;
+using ::testing::HasSubstr;
 using ::testing::IsEmpty;
 using Tokens = std::vector<std::int64_t>;
 
@@ -101,6 +104,71 @@ TEST(PackRows, NothingPacksToNothing) {
 TEST(PackRows, ExtremeTokenIdsAreOrdinary) {
   const std::vector<Tokens> rows{{INT64_MIN, -1, INT64_MAX}, {INT64_MIN, -1, 0}, {-1}, {0, 0, 0}};
   check(rows, pack(rows));
+}
+
+TEST(PackRows, RowsNameTheNodeThatTheyEndAt) {
+  const PackedRows packed = pack({{5, 6, 7, 1, 2}, {}, {5, 6, 7, 3}, {5, 6, 7, 1, 4}, {5, 6, 7}});
+  EXPECT_THAT(packed.row_nodes, ElementsAre(2, -1, 4, 3, 0));
+}
+
+PackedRows pack(const std::vector<Tokens>& rows, const PackOptions& options) {
+  std::vector<std::span<const std::int64_t>> spans(rows.begin(), rows.end());
+  return pack_rows(spans, options);
+}
+
+std::vector<std::int64_t> parents_of(const PackedRows& packed) {
+  std::vector<std::int64_t> parents;
+  for (const TreeNode& node : packed.tree.nodes()) parents.push_back(node.parent);
+  return parents;
+}
+
+TEST(PackRows, PrefixesBelowTheMinimumAreNotShared) {
+  // The first three share {0, 1, 2}; of the others none shares three tokens with another row.
+  const std::vector<Tokens> rows{{0, 1, 2, 3}, {0, 1, 2, 4}, {0, 1, 2}, {0, 5, 6}, {0}, {0}};
+  const PackedRows packed = pack(rows, {.min_shared = 3});
+  EXPECT_THAT(packed.tokens, ElementsAre(0, 1, 2, 3, 4, 0, 5, 6, 0, 0));
+  EXPECT_THAT(parents_of(packed), ElementsAre(-1, 0, 0, -1, -1, -1));
+  EXPECT_THAT(packed.row_nodes, ElementsAre(1, 2, 0, 3, 4, 5));
+  EXPECT_THAT(positions_of(packed, 3), ElementsAre(5, 6, 7));
+  const PackedRows apart = pack(rows, {.min_shared = INT64_MAX});
+  EXPECT_EQ(apart.tokens.size(), 16u);
+  EXPECT_THAT(parents_of(apart), Each(-1));
+}
+
+TEST(PackRows, TokensBeyondTheMaximumAreNotShared) {
+  const std::vector<Tokens> rows{{1, 2, 8, 8}, {1, 2, 8, 9}, {1, 2, 8, 8}, {1, 2}};
+  const std::vector<std::int64_t> two(4, 2);
+  EXPECT_THAT(pack(rows, {.max_shared = two}).tokens, ElementsAre(1, 2, 8, 8, 8, 9, 8, 8));
+  const std::vector<std::int64_t> mixed{2, 4, 9, 0};
+  const PackedRows packed = pack(rows, {.max_shared = mixed});
+  EXPECT_THAT(packed.tokens, ElementsAre(1, 2, 8, 8, 8, 9, 8, 1, 2));
+  EXPECT_THAT(positions_of(packed, 0), ElementsAre(0, 1, 2, 3));
+  EXPECT_THAT(positions_of(packed, 2), ElementsAre(0, 1, 4, 6));
+  EXPECT_THAT(positions_of(packed, 3), ElementsAre(7, 8));
+}
+
+TEST(PackRows, AMinimumCountsOnlyWhatMayBeShared) {
+  const std::vector<Tokens> rows{{1, 2, 3}, {1, 2, 3}, {1, 2, 3}};
+  const std::vector<std::int64_t> most{3, 1, 3};
+  const PackedRows packed = pack(rows, {.min_shared = 2, .max_shared = most});
+  EXPECT_THAT(packed.tokens, ElementsAre(1, 2, 3, 1, 2, 3));
+  EXPECT_THAT(packed.row_nodes, ElementsAre(0, 1, 0));
+}
+
+TEST(PackRows, OptionsOutOfRangeAreRefused) {
+  const auto message = [](const PackOptions& options) {
+    try {
+      pack({{1}, {2}}, options);
+    } catch (const Error& e) {
+      return std::string(e.what());
+    }
+    return std::string();
+  };
+  const std::vector<std::int64_t> negative{0, -1};
+  const std::vector<std::int64_t> few{1};
+  EXPECT_THAT(message({.min_shared = 0}), HasSubstr("min_shared is 0, expected at least 1"));
+  EXPECT_THAT(message({.max_shared = negative}), HasSubstr("max_shared[1] is -1"));
+  EXPECT_THAT(message({.max_shared = few}), HasSubstr("max_shared has 1 elements, expected"));
 }
 
 TEST(PackRows, RandomRowsReadBack) {

@@ -54,9 +54,19 @@ struct PackedRows {
   std::vector<std::int32_t> position_ids;   ///< depth of each packed token
   std::vector<std::int64_t> row_offsets;    ///< [rows + 1] into row_positions
   std::vector<std::int64_t> row_positions;  ///< packed position of every token of every input row
+  std::vector<std::int64_t> row_nodes;      ///< [rows] node that each row ends at; empty row: -1
+};
+/// What rows may share. Where they may not, equal tokens are stored once per row or group of rows.
+struct PackOptions {
+  /// Prefixes shorter than this are not shared, so that a common first token does not make one tree
+  /// of a whole batch. Greater than every row: nothing is shared.
+  std::int64_t min_shared = 1;
+  /// [rows]: only so many leading tokens of the row may be shared, its prompt's say. Empty: all.
+  std::span<const std::int64_t> max_shared = {};
 };
 /// Builds the prefix tree of the rows: shared prefixes are stored once. Empty rows and duplicates
 /// are legal. O(total tokens).
-PackedRows pack_rows(std::span<const std::span<const std::int64_t>> rows);
+PackedRows pack_rows(std::span<const std::span<const std::int64_t>> rows,
+                     const PackOptions& options = {});
 
 }  // namespace treeattn

@@ -196,6 +196,18 @@ typedef struct treeattn_packed treeattn_packed;
  * Empty and equal rows are legal. */
 treeattn_status treeattn_pack_rows(const int64_t* tokens, const int64_t* row_offsets,
                                    size_t num_rows, treeattn_packed** packed);
+/* What rows may share; see treeattn::PackOptions. */
+typedef struct treeattn_pack_options {
+  uint32_t struct_size;
+  int64_t min_shared;        /* at least 1: shorter prefixes are not shared */
+  const int64_t* max_shared; /* [num_rows] leading tokens that may be shared; NULL: all */
+} treeattn_pack_options;
+#define TREEATTN_PACK_OPTIONS_INIT \
+  { sizeof(treeattn_pack_options), 1, NULL }
+treeattn_status treeattn_pack_rows_with_options(const int64_t* tokens, const int64_t* row_offsets,
+                                                size_t num_rows,
+                                                const treeattn_pack_options* options,
+                                                treeattn_packed** packed);
 void treeattn_packed_destroy(treeattn_packed* packed); /* NULL is allowed */
 treeattn_status treeattn_packed_size(const treeattn_packed* packed, int64_t* tokens,
                                      int64_t* nodes);
@@ -204,6 +216,10 @@ treeattn_status treeattn_packed_size(const treeattn_packed* packed, int64_t* tok
 treeattn_status treeattn_packed_copy(const treeattn_packed* packed, int64_t* tokens,
                                      int32_t* position_ids, int32_t* tree_dfs_order_start_q,
                                      int32_t* tree_dfs_order_end_k, int64_t* row_positions);
+/* Each array may be NULL. node_parents [nodes]: DFS index, -1 for a root; node_lengths [nodes]:
+ * tokens; row_nodes [num_rows]: the node that a row ends at, -1 for an empty row. */
+treeattn_status treeattn_packed_copy_nodes(const treeattn_packed* packed, int64_t* node_parents,
+                                           int64_t* node_lengths, int64_t* row_nodes);
 
 #ifdef __cplusplus
 }
