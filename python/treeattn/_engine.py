@@ -200,6 +200,7 @@ def shape_struct(q, k, v, softcap: float, backward: bool) -> Shape:
     )
 
 
+@torch.inference_mode(False)  # lists built by an evaluation serve training too
 def build_lists(
     q, k, v, softcap: float, backward: bool, total_q: int, total_k: int, lowering: int, cu_q, cu_k,
     a, b,

@@ -115,6 +115,19 @@ def test_tile_lists_are_built_once_for_all_layers():
     assert [lists.pointer for lists in plan._built.values()] == first
 
 
+def test_tile_lists_built_in_inference_mode_serve_training():
+    plan = make_plan()
+    with torch.inference_mode():
+        plan.prepare(4, 2, 8, dtype=torch.float64)
+        treeattn.tree_attention(*(x.detach() for x in make_qkv()), plan)
+    assert not next(iter(plan._built.values())).buffer.is_inference()
+    q, k, v = make_qkv()
+    layer = torch.compile(treeattn.tree_attention, backend="aot_eager", fullgraph=True)
+    for run in (treeattn.tree_attention, layer):
+        (dq,) = torch.autograd.grad(run(q, k, v, plan).sum(), q)
+        torch.testing.assert_close(dq, torch.autograd.grad(reference(q, k, v)[0].sum(), q)[0])
+
+
 def test_second_derivatives_are_refused():
     q, k, v = make_qkv()
     out = treeattn.tree_attention(q, k, v, make_plan())
