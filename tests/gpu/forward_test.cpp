@@ -86,7 +86,16 @@ TEST_F(Forward, TokensWithoutAStrideAgreeWithTheOracle) {
         DeviceCase on(c, dims.backward);
         std::vector<float> lse;
         on.forward(c, lse);
-        EXPECT_EQ(judge_forward(c, expected, c.out.to_doubles(), lse), "");
+        if (same_v) {
+          // Weights cancel in the emulation, and so does their rounding: it has no error to bound
+          // a kernel by, whose sum is of weights that are not yet rounded.
+          const ForwardError errors =
+              compare_forward(expected.out, expected.lse, c.out.to_doubles(), lse, c.heads, dims.v);
+          EXPECT_LT(errors.worst_vector, 1.0 / 256) << c.describe();
+          EXPECT_LT(errors.lse, 1e-4) << c.describe();
+        } else {
+          EXPECT_EQ(judge_forward(c, expected, c.out.to_doubles(), lse), "");
+        }
         EXPECT_TRUE(on.intact()) << c.describe();
       }
     }
