@@ -78,8 +78,11 @@ TEST(TileSpace, Sm90TilesAreRefusedWithTheReason) {
   EXPECT_THAT(reason(p, {64, 128, 2, 4, 32}), HasSubstr("block_m is 64, expected one of 128, 192"));
   EXPECT_THAT(reason(p, {128, 120, 2, 8, 32}), HasSubstr("block_n is 120, expected a multiple"));
   EXPECT_THAT(reason(p, {128, 128, 2, 8, 0}), HasSubstr("box_n is 0"));
-  EXPECT_THAT(reason(p, {128, 80, 2, 8, 32}), HasSubstr("expected a multiple of box_n, 32"));
-  EXPECT_THAT(reason(p, {128, 176, 2, 8, 16}), HasSubstr("11 boxes, expected at most 8"));
+  EXPECT_EQ(reason(p, {128, 80, 2, 8, 32}), "");  // of granules, not of boxes
+  EXPECT_THAT(reason(p, {128, 128, 2, 8, 16}), HasSubstr("box_n is 16, expected one of 32, 64"));
+  EXPECT_THAT(reason(p, {128, 256, 2, 8, 64}), HasSubstr("multiple of 16 from 16 to 240"));
+  EXPECT_THAT(reason(p, {192, 176, 2, 12, 64}), HasSubstr("multiple of 16 from 16 to 160"));
+  EXPECT_THAT(reason(sm90_problem(256, 256), {128, 144, 2, 8, 64}), HasSubstr("36 pieces"));
   EXPECT_THAT(reason(p, {128, 128, 1, 8, 64}), HasSubstr("stages is 1, expected 2"));
   EXPECT_THAT(reason(p, {128, 128, 2, 4, 64}), HasSubstr("warps is 4, expected 8"));
   EXPECT_THAT(reason(p, {192, 128, 2, 12, 64}), HasSubstr("registers"));

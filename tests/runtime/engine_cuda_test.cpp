@@ -340,16 +340,23 @@ TEST_F(CudaEngine, Sm90KernelsGetTensorMapsAndAPersistentGrid) {
   // Fewer items than multiprocessors: one block each.
   EXPECT_EQ(seen.config.gridDimX, 4U * static_cast<unsigned>(tile_slots(kTotal, 1, 128)));
   const auto maps = driver_.tensor_maps();
-  ASSERT_THAT(maps, SizeIs(3));
+  ASSERT_THAT(maps, SizeIs(5));  // of k and v two: a box of keys, and a granule
   EXPECT_THAT(maps[0].sizes, ElementsAre(kDim, 4, kTotal));
   EXPECT_THAT(maps[0].box, ElementsAre(64, 1, 128));
   EXPECT_THAT(maps[1].sizes, ElementsAre(kDim, 2, kTotal));
   EXPECT_THAT(maps[1].box, ElementsAre(64, 1, 64));
-  EXPECT_THAT(maps[2].strides, ElementsAre(2 * kDim, 2 * 2 * kDim));
+  EXPECT_THAT(maps[2].box, ElementsAre(64, 1, kGranuleKeys));
+  EXPECT_THAT(maps[2].sizes, ElementsAre(kDim, 2, kTotal));
+  EXPECT_THAT(maps[3].strides, ElementsAre(2 * kDim, 2 * 2 * kDim));
+  EXPECT_THAT(maps[3].box, ElementsAre(64, 1, 64));
+  EXPECT_THAT(maps[4].box, ElementsAre(64, 1, kGranuleKeys));
   ForwardSm90Params params{};
   std::memcpy(&params, seen.params.data(), sizeof params);
   EXPECT_EQ(params.q.opaque[0], 0x0101010101010101U);
-  EXPECT_EQ(params.v.opaque[0], 0x0303030303030303U);
+  EXPECT_EQ(params.k_granule.opaque[0], 0x0303030303030303U);
+  EXPECT_EQ(params.v.opaque[0], 0x0404040404040404U);
+  EXPECT_EQ(params.v_granule.opaque[0], 0x0505050505050505U);
+  EXPECT_EQ(params.granules, plan_offsets(to_plan_shape(plan)).granules);
   EXPECT_EQ(params.f.heads_per_kv, 2);
 
   EXPECT_EQ(params.k_head_step, 1);
