@@ -208,10 +208,12 @@ class HeadGradients {
     }
     double sum = 0;
     for (double& w : weight) sum += w = std::exp(w - highest);
+    // Forward rounds the weights that it multiplies v by, and delta inherits that.
     for (std::size_t i = 0; i < keys.size(); ++i) {
-      weight[i] /= sum;
       const double* v = &v_[(keys[i] * shape_.heads_kv + head_kv) * dim_v_];
-      for (int d = 0; d < dim_v_; ++d) out[d] += weight[i] * v[d];
+      const double of_v = store(weight[i]) / sum;
+      for (int d = 0; d < dim_v_; ++d) out[d] += of_v * v[d];
+      weight[i] /= sum;
     }
     for (double& x : out) x = store(x);
     const double delta = dot(out.data(), dout, dim_v_);

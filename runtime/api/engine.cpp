@@ -62,6 +62,7 @@ struct Engine::Impl {
   Target target;
   unsigned fork_generation_at_birth = 0;
   std::unique_ptr<KernelCache> kernels;
+  TensorMapCache tensor_maps;
   std::atomic<std::uint64_t> launches{0};
 
   bool cuda() const { return kind == EngineKind::kCuda; }
@@ -176,11 +177,11 @@ struct Engine::Impl {
         make_forward_launch(args, plan, spec, device.sm_count, device.l2_bytes);
     if (work.grid.x == 0) return;
     const ContextScope scope(context);
-    const ForwardSm90Params params{encode_tensor_map(maps.q),
-                                   encode_tensor_map(maps.k),
-                                   encode_tensor_map(maps.k_granule),
-                                   encode_tensor_map(maps.v),
-                                   encode_tensor_map(maps.v_granule),
+    const ForwardSm90Params params{tensor_maps.get(maps.q),
+                                   tensor_maps.get(maps.k),
+                                   tensor_maps.get(maps.k_granule),
+                                   tensor_maps.get(maps.v),
+                                   tensor_maps.get(maps.v_granule),
                                    work.params,
                                    plan_offsets(plan).granules,
                                    static_cast<unsigned long long*>(args.workspace),

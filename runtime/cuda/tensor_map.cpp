@@ -65,4 +65,20 @@ TensorMap encode_tensor_map(const TensorMapRequest& request) {
   return map;
 }
 
+TensorMap TensorMapCache::get(const TensorMapRequest& request) {
+  // Fibonacci hashing (Knuth, TAOCP 6.4): addresses differ by multiples of anything from 16 bytes
+  // to 2 MiB, and all of them have to reach all places.
+  const auto place = static_cast<std::uint64_t>(reinterpret_cast<std::uintptr_t>(request.data)) +
+                     static_cast<std::uint64_t>(request.rows);
+  Entry& entry = entries_[place * 0x9e3779b97f4a7c15U >> (64 - kPlaceBits)];
+  {
+    const std::lock_guard lock(mutex_);
+    if (entry.used && entry.request == request) return entry.map;
+  }
+  const TensorMap map = encode_tensor_map(request);
+  const std::lock_guard lock(mutex_);
+  entry = {request, map, true};
+  return map;
+}
+
 }  // namespace treeattn

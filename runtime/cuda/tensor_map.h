@@ -1,7 +1,10 @@
 // Tensor maps: how the copy engine of compute capability 9.0 is told about a tensor.
 #pragma once
 
+#include <array>
+#include <cstddef>
 #include <cstdint>
+#include <mutex>
 
 #include "templates/shared/params.h"
 
@@ -21,6 +24,8 @@ struct TensorMapRequest {
 
   /// What a head's index is multiplied by: heads without a stride are one in the map.
   int head_step() const { return head_stride == 0 ? 0 : 1; }
+
+  friend bool operator==(const TensorMapRequest&, const TensorMapRequest&) = default;
 };
 
 /// Whether a tensor map can hold the strides: positive, where there is more than one of something;
@@ -29,5 +34,23 @@ bool fits_tensor_map(const TensorMapRequest& request);
 /// Encodes on the host, about a quarter of a microsecond; no device is touched. An empty tensor
 /// gets an all-zero map, which must not be read. Throws Error(kCudaError).
 TensorMap encode_tensor_map(const TensorMapRequest& request);
+
+/// The maps that were asked for last: a layer's tensors come back at the same addresses step after
+/// step, and a forward call needs five maps. A map follows from its request alone, so none is ever
+/// stale. Thread-safe; allocates nothing.
+class TensorMapCache {
+ public:
+  TensorMap get(const TensorMapRequest& request);
+
+ private:
+  static constexpr int kPlaceBits = 7;
+  struct Entry {
+    TensorMapRequest request;
+    TensorMap map;
+    bool used = false;
+  };
+  std::mutex mutex_;
+  std::array<Entry, std::size_t{1} << kPlaceBits> entries_;
+};
 
 }  // namespace treeattn

@@ -341,8 +341,8 @@ struct Scanner {
       st_shared_int4(record + 16, Int4{tile.key0, tile.keys, head / p.f.heads_per_kv,
                                        granules << kGranulesShift | last});
     }
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(smem.record_full(ring.stage));
+    // Of every lane that wrote: checkers of races do not follow a store through another lane.
+    mbarrier_arrive(smem.record_full(ring.stage));
     ring.advance();
   }
 
@@ -923,7 +923,7 @@ __device__ __forceinline__ void init_barriers(Smem smem) {
     mbarrier_init(smem.v_empty(stage), kConsumerWarps);
   }
   for (int stage = 0; stage < kRecords; ++stage) {
-    mbarrier_init(smem.record_full(stage), 1);
+    mbarrier_init(smem.record_full(stage), 32);
     mbarrier_init(smem.record_empty(stage), 2);
   }
   fence_mbarrier_init();

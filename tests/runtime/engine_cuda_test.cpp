@@ -331,6 +331,7 @@ TEST_F(CudaEngine, Sm90KernelsGetTensorMapsAndAPersistentGrid) {
   const Plan plan = plan_for(engine, kDim);
   ForwardArgs a = args(plan, kDim);
   a.spec = "fwd/sm90@sm_90a/bf16/d128v128/m128n128s2w8b64";
+  a.v.data = memory_ + 32;  // not k's
   driver_.launch_params_bytes = sizeof(ForwardSm90Params);
   engine.forward(a, stream());
   ASSERT_THAT(driver_.launches(), SizeIs(1));

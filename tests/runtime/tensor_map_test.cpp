@@ -3,6 +3,8 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <array>
+
 #include "tests/support/fake_driver.h"
 #include "treeattn/error.h"
 
@@ -94,6 +96,43 @@ TEST(TensorMap, StridesThatItCannotHoldDoNotFit) {
     bad.head_stride = stride;
     EXPECT_EQ(fits_tensor_map(bad), stride == 0) << stride;
   }
+}
+
+TEST(TensorMapCache, AsksAgainForAnyOtherRequestOnly) {
+  const test::FakeDriver driver;
+  TensorMapCache cache;
+  const TensorMap first = cache.get(request());
+  EXPECT_EQ(cache.get(request()).opaque[0], first.opaque[0]);
+  EXPECT_THAT(driver.tensor_maps(), SizeIs(1));
+  std::size_t asked = 1;
+  const auto changes = std::to_array<void (*)(TensorMapRequest&)>({
+      [](TensorMapRequest& r) { r.data = memory + 16; },
+      [](TensorMapRequest& r) { r.dtype = KernelDType::kF16; },
+      [](TensorMapRequest& r) { r.dims = 64; },
+      [](TensorMapRequest& r) { r.heads = 2; },
+      [](TensorMapRequest& r) { r.tokens = 999; },
+      [](TensorMapRequest& r) { r.token_stride += 8; },
+      [](TensorMapRequest& r) { r.head_stride += 8; },
+      [](TensorMapRequest& r) { r.rows = 16; },
+  });
+  for (const auto change : changes) {
+    TensorMapRequest other = request();
+    change(other);
+    const TensorMap map = cache.get(other);
+    ASSERT_THAT(driver.tensor_maps(), SizeIs(++asked));
+    EXPECT_EQ(cache.get(other).opaque[0], map.opaque[0]);
+    EXPECT_NE(cache.get(request()).opaque[0], map.opaque[0]);
+    asked = driver.tensor_maps().size();  // the first one again, where it was displaced
+  }
+}
+
+TEST(TensorMapCache, ARefusedRequestIsNotKept) {
+  test::FakeDriver driver;
+  TensorMapCache cache;
+  driver.tensor_map_result = CUDA_ERROR_INVALID_VALUE;
+  EXPECT_THROW(cache.get(request()), Error);
+  driver.tensor_map_result = CUDA_SUCCESS;
+  EXPECT_NE(cache.get(request()).opaque[0], 0U);
 }
 
 TEST(TensorMap, ARefusalNamesTheTensor) {
