@@ -410,8 +410,7 @@ struct Loader {
     tile.last = (granules_last & 1) != 0;
     tile.granules = granules_last >> kGranulesShift;
     const u32 entry = g < tile.granules ? ld_shared_u32(record + 32 + g * 4) : 0;
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(smem.record_empty(ring.stage));
+    mbarrier_arrive(smem.record_empty(ring.stage));
     ring.advance();
     // Numbers increase along a tile: places of a box that lie a box apart hold all of one run.
     const int granule = static_cast<int>(entry >> kSeenBits);
@@ -884,7 +883,11 @@ struct Consumer {
     if (warpgroup == kWarpgroups - 1) pass_turn();
     while (true) {
       mbarrier_wait(smem.q_full(q_ring.stage), q_ring.parity);
-      const Int4 work = ld_shared_int4(smem.work(q_ring.stage));
+      // By the lane that releases it, for checkers of races.
+      Int4 work{};
+      if (lane == 0) work = ld_shared_int4(smem.work(q_ring.stage));
+      work = Int4{__shfl_sync(kFullWarp, work.x, 0), __shfl_sync(kFullWarp, work.y, 0),
+                  __shfl_sync(kFullWarp, work.z, 0), __shfl_sync(kFullWarp, work.w, 0)};
       if (work.w == kExit) return;
       const int local = static_cast<int>(threadIdx.x / 32 - 4) * 16 + lane / 4;
       row = work.x + local;
@@ -924,7 +927,7 @@ __device__ __forceinline__ void init_barriers(Smem smem) {
   }
   for (int stage = 0; stage < kRecords; ++stage) {
     mbarrier_init(smem.record_full(stage), 32);
-    mbarrier_init(smem.record_empty(stage), 2);
+    mbarrier_init(smem.record_empty(stage), 2 * 32);
   }
   fence_mbarrier_init();
 }
