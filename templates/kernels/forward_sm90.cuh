@@ -5,8 +5,8 @@
 //           L2, and blocks draw from it (Schedule).
 // Roles     warp 1 scans, warp 0 loads Q and K, warp 2 loads V; 2 or 3 consumer warpgroups own 64
 //           query rows each.
-// Tiles     the scanner tests the bounds of boxes of box_n keys, 64 boxes at a time, and of their
-//           16-key granules where a box is not full, and strings visible granules together:
+// Tiles     the scanner tests the bounds of boxes of box_n keys, 32 at a time, and of their 16-key
+//           granules where a box is not full, and strings visible granules together:
 //           block_n / 16 of them, wherever they lie, make one MMA tile. Granules that are full for
 //           a warpgroup's rows run without mask code. One load brings a run of box_n keys that is
 //           whole in a tile; other granules are loaded one by one.
@@ -61,7 +61,7 @@ static_assert(kWarpgroups == 2 || kWarpgroups == 3, "registers are traded for th
 static_assert(kN % kGranuleKeys == 0 && kConfig.box_n % kGranuleKeys == 0, "whole granules");
 static_assert(ForwardSm90Config::kGranule == kGranuleKeys, "the plan's granules");
 static_assert(kGranules <= kFlagBits, "a flag for each granule");
-static_assert(kGranules + 64 * kInBox <= ForwardSm90Config::kQueueGranules,
+static_assert(kGranules + 32 * kInBox <= ForwardSm90Config::kQueueGranules,
               "the queue holds a tile and a batch of tests");
 static_assert(kGranules * (kChunksQk > kChunksV ? kChunksQk : kChunksV) <= 32,
               "a lane loads one granule");
@@ -775,6 +775,7 @@ struct Consumer {
         k_ring.advance();
         const bool moved = softmax(s, state, alpha, flags);
         pin(s);
+        // Twice the same: ptxas, too, would sink the exponentials below the wait, but for a branch.
         if ((flags & kLastTile) != 0) {
           finish_pv(o, numerators, s, moved, alpha);
           break;
