@@ -295,11 +295,12 @@ std::optional<TileConfig> sm80_tile_for_views(const Problem& problem,
   };
   const TileConfig usual = default_tile(problem);
   if (held(usual)) return usual;
-  // What fills a multiprocessor first, then the larger tile, then what loads further ahead.
+  // What fills a multiprocessor first, then the larger tile, then what leaves a thread the fewest
+  // accumulators (nobody has measured these tiles: none may spill), then what loads further ahead.
   using Merit = std::tuple<bool, int, int, int>;
   const auto merit = [&](const TileConfig& tile) {
     const bool fills = blocks_per_sm({problem, tile}) * tile.warps >= kFillingWarps;
-    return Merit{fills, tile.block_m * tile.block_n, tile.stages, -tile.warps};
+    return Merit{fills, tile.block_m * tile.block_n, tile.warps, tile.stages};
   };
   std::optional<TileConfig> best;
   for_each_tile(problem, [&](const TileConfig& tile) {
