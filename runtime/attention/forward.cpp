@@ -81,11 +81,13 @@ ForwardLaunch make_forward_launch(const ForwardArgs& args, const PlanShape& plan
   const bool capped = args.softcap > 0;
   p.scale_log2 = static_cast<float>((capped ? args.softcap : args.softmax_scale) * kLog2E);
   p.softcap_in = capped ? static_cast<float>(args.softmax_scale / args.softcap) : 0.0F;
-  launch.grid.x = check_blocks(static_cast<std::int64_t>(p.max_query_tiles) * args.heads, spec);
+  const std::int64_t items = static_cast<std::int64_t>(p.max_query_tiles) * args.heads;
+  // Blocks that draw count on by one each after the last item.
+  launch.grid.x = check_blocks(draws ? items + sm_count : items, spec);
   if (draws) {
     check_workspace(args.workspace, args.workspace_bytes, kForwardWorkspaceBytes,
                     "forward_workspace_bytes");
-    launch.grid.x = std::min(launch.grid.x, static_cast<unsigned>(sm_count));
+    launch.grid.x = static_cast<unsigned>(std::min<std::int64_t>(items, sm_count));
   }
   return launch;
 }
