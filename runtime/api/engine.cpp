@@ -192,12 +192,14 @@ struct Engine::Impl {
     launch(kernel_for(spec, stream), 0, work.grid, &params, sizeof(params), stream);
   }
 
-  /// Of this process; never 0, which finished launches leave in their workspace.
+  /// Of this process; never 0, which finished launches leave in their workspace. Consecutive
+  /// numbers are spread over all of 32 bits, because the bytes that a workspace happens to hold are
+  /// small integers more often than not.
   static unsigned next_launch_number() {
     static std::atomic<unsigned> launches_so_far{0};
     unsigned number = 0;
     while (number == 0) number = launches_so_far.fetch_add(1, std::memory_order_relaxed) + 1;
-    return number;
+    return number * 0x9e3779b1U;  // odd: as many different results
   }
 
   /// The kernel that runs where strides rule out the sm90 family's, which no caller named.

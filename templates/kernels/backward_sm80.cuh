@@ -380,17 +380,17 @@ __device__ __forceinline__ void store_scores(const float (&s)[kScoreRows][kScore
                     pack2(c0[2], c0[3]), pack2(c1[0], c1[1]), pack2(c1[2], c1[3]));
       }
     }
-    return;
-  }
+  } else {
 #pragma unroll
-  for (int m = 0; m < kScoreRows; ++m) {
+    for (int m = 0; m < kScoreRows; ++m) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const u32 row = at.score_row() + at.lane / 4 + m * 16 + r * 8;
+      for (int r = 0; r < 2; ++r) {
+        const u32 row = at.score_row() + at.lane / 4 + m * 16 + r * 8;
 #pragma unroll
-      for (int n = 0; n < kScorePairs * 2; ++n) {
-        st_shared_u32(to + PRows::offset(row, at.score_key() / 8 + n) + at.lane % 4 * 4,
-                      pack2(s[m][n][r * 2], s[m][n][r * 2 + 1]));
+        for (int n = 0; n < kScorePairs * 2; ++n) {
+          st_shared_u32(to + PRows::offset(row, at.score_key() / 8 + n) + at.lane % 4 * 4,
+                        pack2(s[m][n][r * 2], s[m][n][r * 2 + 1]));
+        }
       }
     }
   }

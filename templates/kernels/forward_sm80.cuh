@@ -368,7 +368,7 @@ __device__ __forceinline__ void store_tile(const Work& work, float (&o)[kTilesM]
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float sum = quad_sum(state.sum[m][r]);
-      const bool seen = state.reference[m][r] != neg_infinity();
+      const bool seen = sum != 0.0f;  // a NaN that it saw, too
       const float inverse = seen ? 1.0f / sum : 0.0f;
       const int row = warp_row + m * 16 + r * 8 + lane / 4;
       if (p.lse != nullptr && lane % 4 == 0 && row < tile.rows) {

@@ -275,7 +275,7 @@ struct Consumer {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float sum = quad_sum(state.sum[0][r]);
-      const bool seen = state.reference[0][r] != neg_infinity();
+      const bool seen = sum != 0.0f;  // a NaN that it saw, too
       const float inverse = seen ? 1.0f / sum : 0.0f;
       const bool inside = r * 8 < rows_left;
       const i64 at = row + r * 8;

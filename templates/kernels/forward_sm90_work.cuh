@@ -103,7 +103,8 @@ struct Schedule {
     if (!open) {
       const u64 name = static_cast<u64>(p.launch) << 32;
       u64 seen = atomicAdd(p.counter, 0ull);
-      while (seen >> 32 != p.launch) {
+      // A launch in progress has not counted to its last item while this block still has to draw.
+      while (seen >> 32 != p.launch || static_cast<u32>(seen) >= static_cast<u32>(items)) {
         const u64 found = atomicCAS(p.counter, seen, name);
         if (found == seen) break;
         seen = found;

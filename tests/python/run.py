@@ -12,7 +12,12 @@ class Count:
         self.passed += report.when == "call" and report.passed
 
 
-count = Count()
-status = pytest.main(["-q", "-rs", "-p", "no:cacheprovider", *sys.argv[1:]], plugins=[count])
-nothing = status in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED) and not count.passed
-sys.exit(77 if nothing else int(status))
+def main():
+    count = Count()
+    status = pytest.main(["-q", "-rs", "-p", "no:cacheprovider", *sys.argv[1:]], plugins=[count])
+    quiet = status in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
+    return 77 if quiet and not count.passed else int(status)
+
+
+if __name__ == "__main__":  # ranks that tests spawn import this file
+    sys.exit(main())

@@ -3,6 +3,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
@@ -372,7 +373,8 @@ TEST_F(CudaEngine, Sm90KernelsGetTensorMapsAndAPersistentGrid) {
   std::memcpy(&params, shared.params.data(), sizeof params);
   EXPECT_EQ(params.k_head_step, 0);
   EXPECT_EQ(params.v_head_step, 1);
-  EXPECT_NE(params.launch, first_launch);
+  // Far from its neighbours: what a workspace happens to hold is often a small integer.
+  EXPECT_GT(std::min(params.launch - first_launch, first_launch - params.launch), 1'000'000U);
   EXPECT_NE(params.launch, 0U);
 
   ForwardArgs bare = a;
