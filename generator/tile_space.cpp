@@ -87,7 +87,7 @@ constexpr int sm90_other_registers(bool softcap) {
 bool refuse_forward_sm90(const Problem& problem, const TileConfig& tile, std::string* why) {
   if (refuse_value("block_m", tile.block_m, kSm90BlockM, why)) return true;
   // A tile's granules have a flag each for every warpgroup.
-  const int most = sm90_flag_bits(tile.block_m / 64) * ForwardSm90Config::kGranule;
+  const int most = sm90_flag_bits(tile.block_m / 64) * kGranuleKeys;
   if (tile.block_n < 16 || tile.block_n > most || tile.block_n % 16 != 0) {
     return refused(why, "block_n is {}, expected a multiple of 16 from 16 to {}", tile.block_n,
                    most);

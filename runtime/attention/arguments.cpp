@@ -209,9 +209,7 @@ void check_workspace(const void* workspace, std::size_t bytes, std::size_t neede
   if (workspace == nullptr) {
     refuse("workspace", "null", fmt::format("{}() = {} bytes", function, needed));
   }
-  if (reinterpret_cast<std::uintptr_t>(workspace) % 16 != 0) {
-    refuse("workspace", fmt::format("{}", workspace), "a pointer aligned to 16 bytes");
-  }
+  check_aligned("workspace", workspace, kAlignBytes);
   if (bytes < needed) {
     refuse("workspace_bytes", fmt::format("{}", bytes),
            fmt::format("at least {}() = {}", function, needed));

@@ -82,12 +82,18 @@ __device__ __forceinline__ void wgmma_commit_group() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
+/// Has these values here, as far as the compiler in front of ptxas goes.
+template <int kSize>
+__device__ __forceinline__ void pin(float (&values)[kSize]) {
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) asm volatile("" : "+f"(values[i])::"memory");
+}
+
 /// Waits until at most kPending groups run; `d` holds accumulators that are complete then.
 template <int kPending, int kSize>
 __device__ __forceinline__ void wgmma_wait_group(float (&d)[kSize]) {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
-#pragma unroll
-  for (int i = 0; i < kSize; ++i) asm volatile("" : "+f"(d[i])::"memory");
+  pin(d);
 }
 
 template <int kRegisters>

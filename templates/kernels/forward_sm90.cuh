@@ -178,14 +178,6 @@ struct Consumer {
     }
   }
 
-  /// Has these computed here: compilers sink them below a wait, where they no longer run beside the
-  /// MMAs that are waited for.
-  template <int kSize>
-  static __device__ __forceinline__ void pin(float (&values)[kSize]) {
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) asm volatile("" : "+f"(values[i])::"memory");
-  }
-
   /// Waits for all MMAs; their A operands are in use until then.
   __device__ __forceinline__ void wait_pv(float (&o)[kOutputs],
                                           u32 (&numerators)[kStepsPv][4]) const {
@@ -232,8 +224,9 @@ struct Consumer {
         release(smem.k_empty(k_ring.stage));
         k_ring.advance();
         const bool moved = softmax(s, state, alpha, flags);
+        // Computed here: compilers sink the exponentials below the wait, where they no longer run
+        // beside the MMAs that are waited for. ptxas does too, but for a branch: twice the same.
         pin(s);
-        // Twice the same: ptxas, too, would sink the exponentials below the wait, but for a branch.
         if ((flags & kLastTile) != 0) {
           finish_pv(o, numerators, s, moved, alpha);
           break;

@@ -31,7 +31,6 @@ static_assert(kM == 64 * kWarpgroups && kConsumerWarps == 4 * kWarpgroups,
               "a warpgroup owns 64 rows");
 static_assert(kWarpgroups == 2 || kWarpgroups == 3, "registers are traded for these");
 static_assert(kN % kGranuleKeys == 0 && kConfig.box_n % kGranuleKeys == 0, "whole granules");
-static_assert(ForwardSm90Config::kGranule == kGranuleKeys, "the plan's granules");
 static_assert(kGranules <= kFlagBits, "a flag for each granule");
 static_assert(kGranules + 32 * kInBox <= ForwardSm90Config::kQueueGranules,
               "the queue holds a tile and a batch of tests");

@@ -19,6 +19,10 @@ inline constexpr int kHeadDimStep = 8;
 inline constexpr int kHeadDimMin = 16;
 inline constexpr int kHeadDimMax = 256;
 
+/// Keys per summary granule of the plan; divides every key tile. Granules start where a sequence
+/// starts.
+inline constexpr int kGranuleKeys = 16;
+
 /// Everything a forward kernel is specialised on.
 struct ForwardConfig {
   KernelDType dtype;
@@ -83,7 +87,6 @@ struct ForwardSm90Config {
   static constexpr int kRowBytes = 128;
   /// What a block may have on compute capability 9.0.
   static constexpr int kSmemLimit = 227 * 1024;
-  static constexpr int kGranule = 16;
   /// Visible granules that the scanner keeps in mind, a power of two.
   static constexpr int kQueueGranules = 512;
   /// MMA tiles that the scanner may be ahead of the loads.
@@ -92,8 +95,8 @@ struct ForwardSm90Config {
   TREEATTN_HOST_DEVICE constexpr int warpgroups() const { return warps / 4; }
   /// One more warpgroup loads.
   TREEATTN_HOST_DEVICE constexpr int threads() const { return warps * 32 + 128; }
-  TREEATTN_HOST_DEVICE constexpr int granules() const { return block_n / kGranule; }
-  TREEATTN_HOST_DEVICE constexpr int granules_in_box() const { return box_n / kGranule; }
+  TREEATTN_HOST_DEVICE constexpr int granules() const { return block_n / kGranuleKeys; }
+  TREEATTN_HOST_DEVICE constexpr int granules_in_box() const { return box_n / kGranuleKeys; }
   TREEATTN_HOST_DEVICE constexpr int flag_bits() const { return sm90_flag_bits(warpgroups()); }
   TREEATTN_HOST_DEVICE constexpr int chunks() const { return (head_dim + 63) / 64; }
   TREEATTN_HOST_DEVICE constexpr int chunks_v() const { return (head_dim_v + 63) / 64; }

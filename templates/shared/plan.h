@@ -6,8 +6,6 @@
 
 namespace treeattn {
 
-/// Keys per summary granule; divides every key tile. Granules start where a sequence starts.
-inline constexpr int kGranuleKeys = 16;
 inline constexpr int kMaxPlanViews = 8;
 inline constexpr int kPlanMetaInts = 64;
 /// Ints of a QueryTile and of a KeyTile.
