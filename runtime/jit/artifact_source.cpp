@@ -4,7 +4,9 @@
 
 #include <algorithm>
 #include <chrono>
+#include <filesystem>
 #include <set>
+#include <system_error>
 #include <utility>
 
 #include "runtime/support/advisory_lock.h"
@@ -103,6 +105,17 @@ bool ArtifactSource::has_writable_root() const {
   return std::any_of(roots.begin(), roots.end(), [](const StoreRoot& r) { return r.writable; });
 }
 
+std::string ArtifactSource::lock_name(const ArtifactKey& key) const {
+  FieldHasher hasher;
+  for (const StoreRoot& root : store_.roots()) {
+    if (!root.writable) continue;
+    std::error_code error;
+    const std::filesystem::path real = std::filesystem::weakly_canonical(root.path, error);
+    hasher.field((error ? root.path : real).native());
+  }
+  return to_hex(hasher.field(key.hex()).finish());
+}
+
 std::optional<Artifact> ArtifactSource::search(Attempt& attempt) const {
   for (const int major : majors_to_try(attempt.cuda_major)) {
     std::vector<StoreProbe> probes;
@@ -151,9 +164,10 @@ ObtainedArtifact ArtifactSource::obtain(const GeneratedSource& source, int cuda_
   }
   AdvisoryLock lock;
   if (look && has_writable_root()) {
-    lock = AdvisoryLock::acquire(attempt.key.hex(), 0);
+    const std::string name = lock_name(attempt.key);
+    lock = AdvisoryLock::acquire(name, 0);
     const bool waited = !lock.held();
-    if (waited) lock = AdvisoryLock::acquire(attempt.key.hex(), options_.lock_timeout_ms);
+    if (waited) lock = AdvisoryLock::acquire(name, options_.lock_timeout_ms);
     if (auto found = search(attempt)) return from_store(std::move(*found));
     // Whoever held it did not publish (a full disk, say): one after the other would be slower than
     // all at once.
@@ -193,9 +207,10 @@ BuildReport ArtifactSource::build(const KernelSpec& spec, bool force) {
     };
     if (find()) return report;
     // As in obtain(): ranks that run the same command share the work.
-    lock = AdvisoryLock::acquire(key.hex(), 0);
+    const std::string name = lock_name(key);
+    lock = AdvisoryLock::acquire(name, 0);
     const bool waited = !lock.held();
-    if (waited) lock = AdvisoryLock::acquire(key.hex(), options_.lock_timeout_ms);
+    if (waited) lock = AdvisoryLock::acquire(name, options_.lock_timeout_ms);
     if (find()) return report;
     if (waited) lock.release();
   }

@@ -78,6 +78,11 @@ class ArtifactSource {
   /// Probes the store; compiles nothing.
   KernelExplanation explain(const KernelSpec& spec) const;
 
+  /// What processes that would make the same entry of the same folder lock (AdvisoryLock). Those
+  /// that keep theirs elsewhere would wait in vain: what they wait for is published to a folder
+  /// that they do not look into.
+  std::string lock_name(const ArtifactKey& key) const;
+
   const CubinStore& store() const { return store_; }
   CubinStore& store() { return store_; }
   Compiler& compiler() const { return *compiler_; }

@@ -70,6 +70,24 @@ TEST(KernelCacheProcesses, SixteenOnAColdStoreAllSucceedWithFewCompiles) {
   EXPECT_EQ(entries, 2u);
 }
 
+// Those of one folder waited for those of the other, found nothing and compiled all at once.
+TEST(KernelCacheProcesses, RanksOfAnotherFolderAreNotWaitedFor) {
+  const TempDir folder;
+  test::ProcessGate gate;
+  std::deque<test::ChildProcess> children;
+  for (int rank = 0; rank < 32; ++rank) {
+    children.emplace_back([&folder, &gate, name = rank % 2 == 0 ? "a" : "b"] {
+      gate.wait();
+      return work_of_a_rank(folder / name, folder / (std::string(name) + ".tally"));
+    });
+  }
+  gate.open();
+  for (test::ChildProcess& child : children) EXPECT_EQ(child.wait(), 0);
+  for (const char* tally : {"a.tally", "b.tally"}) {
+    EXPECT_LE(test::read_text(folder / tally).size(), 4u) << "one or two a kernel";
+  }
+}
+
 /// A rank that builds two kernels ahead of time.
 int build_of_a_rank(const fs::path& root, const fs::path& tally) {
   FakeNvrtc nvrtc;
