@@ -280,7 +280,7 @@ std::optional<KernelSpec> strided_spec_of(const KernelSpec& spec) {
   PlanShape plan{};
   plan.num_views = 1;
   plan.views[0] = {spec.tile.block_m, spec.tile.view_block_n()};
-  return strided_spec(spec.problem, plan);
+  return strided_spec(spec.problem, plan, 1);
 }
 
 /// When a kernel of the sm90 family is used.

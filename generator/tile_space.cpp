@@ -20,6 +20,7 @@ constexpr std::array<std::pair<std::uint16_t, std::uint16_t>, 4> kMixedDims{
     {{192, 128}, {96, 64}, {128, 64}, {64, 128}}};
 
 constexpr std::array<std::uint16_t, 4> kBlockM{32, 64, 128, 256};
+static_assert(kBlockM[0] >> kMostHeadsPerPackLog2 == kViewRowsStep, "plans hold a view for it");
 constexpr std::array<std::uint16_t, 4> kBlockN{16, 32, 64, 128};
 constexpr std::array<std::uint16_t, 2> kSm90BlockM{128, 192};
 constexpr std::array<std::uint16_t, 6> kSm90BlockN{64, 80, 96, 112, 128, 176};
@@ -29,6 +30,9 @@ constexpr std::array<std::uint8_t, 3> kWarps{2, 4, 8};
 
 /// With four warps a multiprocessor a scheduler has nothing to run while its only warp waits.
 constexpr int kFillingWarps = 8;
+
+/// Packed heads are no reason for more rows than default tiles have.
+constexpr int kMostPackedRows = 128;
 
 /// For `return refused(why, ...)`: true, and the reason for who wants to know it. Hot calls look
 /// for their default tile and do not.
@@ -287,10 +291,17 @@ TileConfig default_tile(const Problem& problem) {
 }
 
 std::optional<TileConfig> sm80_tile_for_views(const Problem& problem,
-                                              std::span<const PlanView> views) {
+                                              std::span<const PlanView> views,
+                                              int heads_per_pack_log2) {
   const auto held = [&](const TileConfig& tile) {
     return std::any_of(views.begin(), views.end(), [&](const PlanView& view) {
-      return view.block_m == tile.block_m && view.block_n == tile.block_n;
+      if (view.block_n != tile.block_n) return false;
+      if (view.block_m == tile.block_m) return true;
+      if (tile.block_m > kMostPackedRows) return false;
+      for (int log2 = 1; log2 <= heads_per_pack_log2; ++log2) {
+        if (view.block_m == tile.block_m >> log2) return true;
+      }
+      return false;
     });
   };
   const TileConfig usual = default_tile(problem);

@@ -26,10 +26,12 @@ std::vector<TileCandidate> tile_candidates(const Problem& problem);
 
 /// The tile used unless a caller asks for another. Throws Error for an unsupported problem.
 TileConfig default_tile(const Problem& problem);
-/// The best tile of the sm80 family that walks one of these views, for a problem of that family:
-/// the default one where its view is there, none if no view suits the problem.
+/// The best tile of the sm80 family that walks one of these views, for a problem of that family,
+/// with rows for up to 1 << heads_per_pack_log2 query heads of a view's token: the default one
+/// where a view of it is there, none if no view suits the problem.
 std::optional<TileConfig> sm80_tile_for_views(const Problem& problem,
-                                              std::span<const PlanView> views);
+                                              std::span<const PlanView> views,
+                                              int heads_per_pack_log2 = 0);
 /// The problem with its default tile.
 KernelSpec default_spec(const Problem& problem);
 /// All default specs of a pass on one device's target (see default_family): every head dim, both

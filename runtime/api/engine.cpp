@@ -209,7 +209,7 @@ struct Engine::Impl {
       throw Error(ErrorCode::kUnsupported, describe_misfit(maps),
                   "copy the tensor, or name no kernel: one of the sm80 family is used then");
     }
-    const auto spec = strided_spec(problem, plan);
+    const auto spec = strided_spec(problem, plan, args.heads / args.heads_kv);
     if (!spec) {
       throw Error(
           ErrorCode::kUnsupported,
@@ -315,11 +315,11 @@ Plan Engine::plan_for(std::int64_t total_q, std::int64_t total_k, int batch,
   for (const Shape& shape : shapes) {
     check_shape(shape, impl_->cuda());
     if (!impl_->cuda()) continue;
-    const auto add = [&](Pass pass) {
+    const auto add = [&](Pass pass, int heads_per_pack_log2 = 0) {
       const TileConfig tile = impl_->kernel_spec(pass, shape).tile;
-      add_view({tile.block_m, tile.view_block_n()});
+      add_view({tile.block_m >> heads_per_pack_log2, tile.view_block_n()});
     };
-    add(Pass::kForward);
+    add(Pass::kForward, heads_per_pack_log2_for(shape));
     if (!shape.backward) continue;
     add(Pass::kBackward);
     add(Pass::kBackwardDq);

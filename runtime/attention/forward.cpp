@@ -33,12 +33,39 @@ PlanShape check_forward(const ForwardArgs& args, bool cuda) {
   return plan;
 }
 
+int most_heads_per_pack_log2(int heads_per_kv) {
+  int log2 = 0;
+  while (log2 < kMostHeadsPerPackLog2 && heads_per_kv % (2 << log2) == 0) ++log2;
+  return log2;
+}
+
+int heads_per_pack_log2_for(const Shape& shape, bool pack) {
+  return pack ? most_heads_per_pack_log2(shape.heads / shape.heads_kv) : 0;
+}
+
+ForwardView forward_view(const PlanShape& plan, const TileConfig& tile, int heads_per_kv,
+                         bool pack) {
+  const auto held = [&](int log2) {
+    return ForwardView{find_view(plan, tile.block_m >> log2, tile.view_block_n()), log2};
+  };
+  const ForwardView unpacked = held(0);
+  if (!pack && unpacked.view >= 0) return unpacked;
+  for (int log2 = most_heads_per_pack_log2(heads_per_kv); log2 > 0; --log2) {
+    if (const ForwardView packed = held(log2); packed.view >= 0) return packed;
+  }
+  return unpacked;
+}
+
 ForwardLaunch make_forward_launch(const ForwardArgs& args, const PlanShape& plan,
                                   const KernelSpec& spec, int sm_count, std::int64_t l2_bytes) {
   ForwardLaunch launch;
-  const int view = require_view(plan, spec);
+  const int heads_per_kv = args.heads / args.heads_kv;
+  auto [view, heads_per_pack_log2] = forward_view(plan, spec.tile, heads_per_kv);
+  if (view < 0) view = require_view(plan, spec);  // throws
   if (plan.total_q == 0) return launch;
   const PlanOffsets at = plan_offsets(plan);
+  const int packs_per_kv = heads_per_kv >> heads_per_pack_log2;
+  const int tokens_per_tile = plan.views[view].block_m;
   ForwardParams& p = launch.params;
   p.q = args.q.data;
   p.k = args.k.data;
@@ -59,10 +86,12 @@ ForwardLaunch make_forward_launch(const ForwardArgs& args, const PlanShape& plan
   p.first = at.first;
   p.len = at.len;
   p.query_tile_count = kMetaQueryTiles + view;
-  p.max_query_tiles = tile_slots(plan.total_q, plan.batch, spec.tile.block_m);
+  p.max_query_tiles = tile_slots(plan.total_q, plan.batch, tokens_per_tile);
   p.total_q = plan.total_q;
-  p.heads = args.heads;
-  p.heads_per_kv = args.heads / args.heads_kv;
+  p.head_packs = args.heads >> heads_per_pack_log2;
+  p.heads_per_kv = heads_per_kv;
+  p.heads_per_pack_log2 = heads_per_pack_log2;
+  p.tokens_in_8_rows = 8 >> heads_per_pack_log2;
   const int dims = args.head_dim + value_head_dim(args.head_dim, args.head_dim_v);
   const bool draws = spec.problem.family == Family::kSm90;
   int together = kv_heads_in_group(args.heads_kv, std::int64_t{2} * plan.total_k * dims, l2_bytes);
@@ -70,18 +99,18 @@ ForwardLaunch make_forward_launch(const ForwardArgs& args, const PlanShape& plan
     // Blocks start in order. Whether or not they fit the L2, heads that are walked together fill
     // the chip twice: their heavy tiles come first, and those of the last group are waited for.
     const std::int64_t kv_head_blocks =
-        std::max<std::int64_t>(1, plan.total_q / spec.tile.block_m) * p.heads_per_kv;
+        std::max<std::int64_t>(1, plan.total_q / tokens_per_tile) * packs_per_kv;
     const auto filling = static_cast<int>(std::min<std::int64_t>(
         args.heads_kv,
         (std::int64_t{2} * sm_count * blocks_per_sm(spec) + kv_head_blocks - 1) / kv_head_blocks));
     const int groups = std::max(1, args.heads_kv / std::max(together, filling));
     together = (args.heads_kv + groups - 1) / groups;
   }
-  p.heads_in_group = p.heads_per_kv * together;
+  p.head_packs_in_group = packs_per_kv * together;
   const bool capped = args.softcap > 0;
   p.scale_log2 = static_cast<float>((capped ? args.softcap : args.softmax_scale) * kLog2E);
   p.softcap_in = capped ? static_cast<float>(args.softmax_scale / args.softcap) : 0.0F;
-  const std::int64_t items = static_cast<std::int64_t>(p.max_query_tiles) * args.heads;
+  const std::int64_t items = static_cast<std::int64_t>(p.max_query_tiles) * p.head_packs;
   // Blocks that draw count on by one each after the last item.
   launch.grid.x = check_blocks(draws ? items + sm_count : items, spec);
   if (draws) {
@@ -95,26 +124,30 @@ ForwardLaunch make_forward_launch(const ForwardArgs& args, const PlanShape& plan
 ForwardTensorMaps forward_tensor_maps(const ForwardArgs& args, const PlanShape& plan,
                                       const KernelSpec& spec) {
   const auto request = [&spec](const ConstTensor& tensor, int dims, int heads, std::int64_t tokens,
-                               int rows) {
-    return TensorMapRequest{tensor.data,         spec.problem.dtype, dims, heads, tokens,
-                            tensor.token_stride, tensor.head_stride, rows};
+                               int rows, int box_heads = 1) {
+    return TensorMapRequest{tensor.data,         spec.problem.dtype, dims, heads,    tokens,
+                            tensor.token_stride, tensor.head_stride, rows, box_heads};
   };
   const auto keys = [&](const ConstTensor& tensor, int dims, int rows) {
     return request(tensor, dims, args.heads_kv, plan.total_k, rows);
   };
   const TileConfig& tile = spec.tile;
   const int dim_v = value_head_dim(args.head_dim, args.head_dim_v);
-  return {request(args.q, args.head_dim, args.heads, plan.total_q, tile.block_m),
-          keys(args.k, args.head_dim, tile.box_n), keys(args.k, args.head_dim, kGranuleKeys),
-          keys(args.v, dim_v, tile.box_n), keys(args.v, dim_v, kGranuleKeys)};
+  const int packed = forward_view(plan, tile, args.heads / args.heads_kv).heads_per_pack_log2;
+  return {
+      request(args.q, args.head_dim, args.heads, plan.total_q, tile.block_m >> packed, 1 << packed),
+      keys(args.k, args.head_dim, tile.box_n), keys(args.k, args.head_dim, kGranuleKeys),
+      keys(args.v, dim_v, tile.box_n), keys(args.v, dim_v, kGranuleKeys)};
 }
 
-std::optional<KernelSpec> strided_spec(const Problem& problem, const PlanShape& plan) {
+std::optional<KernelSpec> strided_spec(const Problem& problem, const PlanShape& plan,
+                                       int heads_per_kv) {
   Problem sm80 = problem;
   sm80.family = Family::kSm80;
   sm80.target.arch_specific = false;
   const auto tile =
-      sm80_tile_for_views(sm80, {plan.views, static_cast<std::size_t>(plan.num_views)});
+      sm80_tile_for_views(sm80, {plan.views, static_cast<std::size_t>(plan.num_views)},
+                          most_heads_per_pack_log2(heads_per_kv));
   if (!tile) return std::nullopt;
   return KernelSpec{sm80, *tile};
 }
@@ -124,8 +157,9 @@ std::string describe_misfit(const ForwardTensorMaps& maps) {
     if (fits_tensor_map(*map)) continue;
     return fmt::format(
         "{} has token stride {} and head stride {}, which kernels of the sm90 family cannot read: "
-        "expected a positive token stride and no negative head stride",
-        name, map->token_stride, map->head_stride);
+        "expected a positive token stride and {} head stride",
+        name, map->token_stride, map->head_stride,
+        map->box_heads > 1 ? "a positive" : "no negative");
   }
   return {};
 }

@@ -21,6 +21,24 @@ Shape shape_of(const ForwardArgs& args);
 /// header; with `cuda`, what the kernels ask for too.
 PlanShape check_forward(const ForwardArgs& args, bool cuda);
 
+/// Log2 of the most query heads of one kv head that the rows of a forward tile can be shared by.
+int most_heads_per_pack_log2(int heads_per_kv);
+/// Whether plan_for() makes the views of packed tiles. Off until it is measured on a GPU.
+inline constexpr bool kPackHeads = false;
+/// Log2 of the query heads that share a forward tile's rows in plans that plan_for() makes.
+int heads_per_pack_log2_for(const Shape& shape, bool pack = kPackHeads);
+
+/// Which of a plan's views a forward kernel walks.
+struct ForwardView {
+  int view;                 ///< -1: the plan holds none for the tile
+  int heads_per_pack_log2;  ///< query heads that share the tile's rows
+};
+/// The view with the most heads a tile; without `pack` the unpacked one comes first, since
+/// backward's views may have the size of a packed one. What the plan lacks is passed over, so one
+/// that holds a single view for the tile is walked by it.
+ForwardView forward_view(const PlanShape& plan, const TileConfig& tile, int heads_per_kv,
+                         bool pack = kPackHeads);
+
 /// What kernels of the sm90 family need: the counter of items. Contents do not matter.
 inline constexpr std::size_t kForwardWorkspaceBytes = 16;
 
@@ -38,8 +56,9 @@ struct ForwardTensorMaps {
 ForwardTensorMaps forward_tensor_maps(const ForwardArgs& args, const PlanShape& plan,
                                       const KernelSpec& spec);
 /// For a call whose strides no tensor map holds: the sm80 family's kernel for a problem of the sm90
-/// family, with a tile that the plan holds a view for. None: the plan holds no such view.
-std::optional<KernelSpec> strided_spec(const Problem& problem, const PlanShape& plan);
+/// family, with a tile that the plan holds a view for (see forward_view()). None: it holds none.
+std::optional<KernelSpec> strided_spec(const Problem& problem, const PlanShape& plan,
+                                       int heads_per_kv);
 /// What is wrong with the strides, for an error; `maps` do not fit.
 std::string describe_misfit(const ForwardTensorMaps& maps);
 /// `l2_bytes` sizes the groups of heads that are walked together. Throws if the plan holds no view

@@ -32,10 +32,10 @@ constexpr std::uint32_t kPlanVersion = 1;
               "use a header that plan_for() returned, unchanged");
 }
 
-void check_block(int view, std::string_view name, int block) {
-  if (block > 0 && block % kGranuleKeys == 0) return;
+void check_block(int view, std::string_view name, int block, int step) {
+  if (block > 0 && block % step == 0) return;
   refuse(fmt::format("views[{}].{}", view, name), block,
-         fmt::format("a positive multiple of {}", kGranuleKeys));
+         fmt::format("a positive multiple of {}", step));
 }
 
 /// The rule that a sequence with these fault bits breaks.
@@ -67,7 +67,8 @@ PlanShape to_plan_shape(const Plan& plan) {
   if (plan.total_q < 0) refuse("total_q", plan.total_q, ">= 0");
   if (plan.total_k < 0) refuse("total_k", plan.total_k, ">= 0");
   // Slot numbers are int32 and grow with totals and batch.
-  const int most_batch = INT_MAX - std::max(plan.total_q, plan.total_k) / kGranuleKeys - 2;
+  const int most_batch =
+      INT_MAX - std::max(plan.total_q / kViewRowsStep, plan.total_k / kGranuleKeys) - 2;
   if (plan.batch < 0 || plan.batch > most_batch) {
     refuse("batch", plan.batch, fmt::format("0 to {}", most_batch));
   }
@@ -81,8 +82,8 @@ PlanShape to_plan_shape(const Plan& plan) {
   shape.num_views = plan.num_views;
   for (int v = 0; v < plan.num_views; ++v) {
     const Plan::View& view = plan.views[v];
-    check_block(v, "block_m", view.block_m);
-    check_block(v, "block_n", view.block_n);
+    check_block(v, "block_m", view.block_m, kViewRowsStep);
+    check_block(v, "block_n", view.block_n, kGranuleKeys);
     shape.views[v] = {view.block_m, view.block_n};
   }
   return shape;

@@ -30,7 +30,8 @@ std::uint64_t stride_bytes(std::int64_t stride, std::int64_t count) {
 
 bool fits_tensor_map(const TensorMapRequest& request) {
   return fits(request.token_stride, request.tokens) &&
-         fits(request.head_stride, mapped_heads(request));
+         fits(request.head_stride, mapped_heads(request)) &&
+         request.box_heads <= mapped_heads(request);
 }
 
 TensorMap encode_tensor_map(const TensorMapRequest& request) {
@@ -43,7 +44,8 @@ TensorMap encode_tensor_map(const TensorMapRequest& request) {
                                  static_cast<std::uint64_t>(request.tokens)};
   const std::uint64_t strides[] = {stride_bytes(request.head_stride, mapped_heads(request)),
                                    stride_bytes(request.token_stride, request.tokens)};
-  const std::uint32_t box[] = {ForwardSm90Config::kChunkDims, 1,
+  const std::uint32_t box[] = {ForwardSm90Config::kChunkDims,
+                               static_cast<std::uint32_t>(request.box_heads),
                                static_cast<std::uint32_t>(request.rows)};
   const std::uint32_t steps[] = {1, 1, 1};
   CUtensorMap encoded{};

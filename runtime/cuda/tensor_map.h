@@ -10,8 +10,9 @@
 
 namespace treeattn {
 
-/// A [tokens, heads, dims] tensor of 2-byte numbers, read in boxes of `rows` tokens of one head and
-/// 64 dims, which lie in shared memory with a 128-byte swizzle. What lies outside reads as zero.
+/// A [tokens, heads, dims] tensor of 2-byte numbers, read in boxes of `rows` tokens, `box_heads`
+/// heads and 64 dims, which lie in shared memory with a 128-byte swizzle, a token's heads side by
+/// side. What lies outside reads as zero.
 struct TensorMapRequest {
   const void* data = nullptr;
   KernelDType dtype = KernelDType::kBF16;
@@ -21,6 +22,7 @@ struct TensorMapRequest {
   std::int64_t token_stride = 0;  ///< elements
   std::int64_t head_stride = 0;   ///< elements
   int rows = 0;
+  int box_heads = 1;
 
   /// What a head's index is multiplied by: heads without a stride are one in the map.
   int head_step() const { return head_stride == 0 ? 0 : 1; }
@@ -29,7 +31,7 @@ struct TensorMapRequest {
 };
 
 /// Whether a tensor map can hold the strides: positive, where there is more than one of something;
-/// heads may have none.
+/// heads may have none unless a box has several.
 bool fits_tensor_map(const TensorMapRequest& request);
 /// Encodes on the host, about a quarter of a microsecond; no device is touched. An empty tensor
 /// gets an all-zero map, which must not be read. Throws Error(kCudaError).

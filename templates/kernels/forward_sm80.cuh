@@ -1,13 +1,14 @@
 // Forward, sm80 family: mma.sync, ldmatrix, cp.async.
 //
-// Work      one block = one query tile of the plan (block_m rows) x one query head. Blocks are
-// ordered
-//           heavy tiles first inside groups of heads whose K/V share the L2.
+// Work      one block = one query tile of the plan x one pack of 2^s query heads of one kv head; s
+//           comes with the call. Row r of the tile is its token r / 2^s and the pack's head r %
+//           2^s. Blocks are ordered heavy tiles first inside groups of heads whose K/V share the
+//           L2.
 // Visits    the block tests the bounds of up to 2,048 key tiles at once, one thread a tile, and
 // keeps
 //           one bit each in shared memory; tiles nobody in the block sees are never loaded. Each
-//           warp tests a visited tile again for its own 16 or 32 rows: skip, full (no mask code) or
-//           partial.
+//           warp tests a visited tile again for the tokens of its own 16 or 32 rows: skip, full (no
+//           mask code) or partial.
 // Pipeline  stages = 2: K, V and intervals of tile j+1 are in flight while tile j is computed;
 //             wait(j) barrier load(j+1) S=QK softmax O+=PV
 //           stages = 1: V(j) flies during S=QK, K(j+1) during softmax and O+=PV;
@@ -64,6 +65,7 @@ struct Work {
     st_shared_pointer(address() + 40, v);
   }
 
+  /// The first one of the pack.
   __device__ __forceinline__ int head() const {
     return static_cast<int>(ld_shared_u32(address() + 28));
   }
@@ -168,6 +170,40 @@ struct VisitCursor {
   }
 };
 
+/// A row of a tile: a token, counted from the tile's first, and a query head, from the pack's.
+struct PackedRow {
+  int token;
+  int head;
+
+  __device__ __forceinline__ PackedRow(const ForwardParams& p, int row)
+      : token(row >> p.heads_per_pack_log2), head(row & ((1 << p.heads_per_pack_log2) - 1)) {}
+
+  __device__ __forceinline__ i64 offset(i64 token_stride, i64 head_stride) const {
+    return token * token_stride + head * head_stride;
+  }
+};
+
+/// Copies a tile's `valid` rows into shared memory; the rest become zero. As load_rows(), for rows
+/// that lie a token or a head apart.
+__device__ __forceinline__ void load_q(const ForwardParams& p, u32 dst, const u16* src, int valid) {
+  constexpr int kChunks = kConfig.head_dim / 8;
+  constexpr int kRowThreads = ceil_pow2(kChunks);
+  constexpr int kRowsPerPass = kThreads / kRowThreads;
+  constexpr int kPasses = (kM + kRowsPerPass - 1) / kRowsPerPass;
+  const u32 thread = thread_index_here();
+  const u32 chunk = thread % kRowThreads;
+  const int row0 = static_cast<int>(thread / kRowThreads);
+  if (kChunks != kRowThreads && chunk >= kChunks) return;
+#pragma unroll
+  for (int pass = 0; pass < kPasses; ++pass) {
+    const int row = row0 + pass * kRowsPerPass;
+    if (kM % kRowsPerPass == 0 || row < kM) {
+      const i64 from = PackedRow(p, row).offset(p.q_token_stride, p.q_head_stride) + chunk * 8;
+      cp_async_16(dst + QkRows::offset(row, chunk), src + from, row < valid);
+    }
+  }
+}
+
 /// Scores of the warp's rows against one key tile: s = q k^T.
 __device__ __forceinline__ void multiply_qk(float (&s)[kTilesM][kTilesN][4], u32 q_lane, u32 k_lane,
                                             u32 q_tail, u32 k_tail) {
@@ -228,9 +264,10 @@ __device__ __forceinline__ void cap_scores(float (&s)[kTilesM][kTilesN][4], floa
   }
 }
 
-/// Scores outside their key's interval of rows become -inf. `row` is the thread's first packed row.
-__device__ __forceinline__ void mask_scores(float (&s)[kTilesM][kTilesN][4], int row,
-                                            u32 mask_lane) {
+/// Scores outside their key's interval of tokens become -inf. `token` is that of the thread's first
+/// row.
+__device__ __forceinline__ void mask_scores(const ForwardParams& p, float (&s)[kTilesM][kTilesN][4],
+                                            int token, u32 mask_lane) {
 #pragma unroll
   for (int n = 0; n < kTilesN; ++n) {
     const Int2 first = ld_shared_int2(mask_lane + n * 8 * 4);
@@ -239,7 +276,7 @@ __device__ __forceinline__ void mask_scores(float (&s)[kTilesM][kTilesN][4], int
     for (int m = 0; m < kTilesM; ++m) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const int i = row + m * 16 + r * 8;
+        const int i = token + (m * 2 + r) * p.tokens_in_8_rows;
         if (static_cast<u32>(i - first.x) >= static_cast<u32>(len.x))
           s[m][n][r * 2] = neg_infinity();
         if (static_cast<u32>(i - first.y) >= static_cast<u32>(len.y))
@@ -341,15 +378,18 @@ __device__ __forceinline__ void multiply_pv(const u32 (&p)[kStepsPv][kTilesM][4]
 __device__ __forceinline__ void fill_tile(const ForwardParams& p, const QueryTile& tile, int head,
                                           u32 out_pair, float lse) {
   constexpr int kChunks = kConfig.head_dim_v / 8;
-  u16* out = static_cast<u16*>(p.out) + head * p.out_head_stride;
+  u16* out = static_cast<u16*>(p.out) + tile.row0 * p.out_token_stride + head * p.out_head_stride;
   const int pair = static_cast<int>(out_pair);
-  for (int i = threadIdx.x; i < tile.rows * kChunks; i += kThreads) {
-    st_global_int4(out + (tile.row0 + i / kChunks) * p.out_token_stride + i % kChunks * 8,
+  const int rows = tile.rows << p.heads_per_pack_log2;
+  for (int i = threadIdx.x; i < rows * kChunks; i += kThreads) {
+    st_global_int4(out + PackedRow(p, i / kChunks).offset(p.out_token_stride, p.out_head_stride) +
+                       i % kChunks * 8,
                    Int4{pair, pair, pair, pair});
   }
   if (p.lse == nullptr) return;
-  for (int i = threadIdx.x; i < tile.rows; i += kThreads) {
-    p.lse[static_cast<i64>(head) * p.total_q + tile.row0 + i] = lse;
+  for (int i = threadIdx.x; i < rows; i += kThreads) {
+    const PackedRow row(p, i);
+    p.lse[static_cast<i64>(head + row.head) * p.total_q + tile.row0 + row.token] = lse;
   }
 }
 
@@ -363,6 +403,7 @@ __device__ __forceinline__ void store_tile(const Work& work, float (&o)[kTilesM]
   __syncthreads();           // every warp is done with Q
   const QueryTile tile = work.tile();
   const int head = work.head();
+  const int tile_rows = tile.rows << p.heads_per_pack_log2;
 #pragma unroll
   for (int m = 0; m < kTilesM; ++m) {
 #pragma unroll
@@ -371,8 +412,9 @@ __device__ __forceinline__ void store_tile(const Work& work, float (&o)[kTilesM]
       const bool seen = sum != 0.0f;  // a NaN that it saw, too
       const float inverse = seen ? 1.0f / sum : 0.0f;
       const int row = warp_row + m * 16 + r * 8 + lane / 4;
-      if (p.lse != nullptr && lane % 4 == 0 && row < tile.rows) {
-        p.lse[static_cast<i64>(head) * p.total_q + tile.row0 + row] =
+      if (p.lse != nullptr && lane % 4 == 0 && row < tile_rows) {
+        const PackedRow at(p, row);
+        p.lse[static_cast<i64>(head + at.head) * p.total_q + tile.row0 + at.token] =
             seen ? kLn2 * (state.reference[m][r] + log2_approx(sum)) : neg_infinity();
       }
 #pragma unroll
@@ -384,25 +426,26 @@ __device__ __forceinline__ void store_tile(const Work& work, float (&o)[kTilesM]
   }
   __syncwarp();  // a warp stores its own rows
   constexpr int kChunks = kConfig.head_dim_v / 8;
-  u16* out = static_cast<u16*>(p.out) + head * p.out_head_stride +
-             (tile.row0 + static_cast<i64>(warp_row)) * p.out_token_stride;
-  const int rows = min(kWarpRows, tile.rows - warp_row);
+  u16* out = static_cast<u16*>(p.out) + tile.row0 * p.out_token_stride + head * p.out_head_stride;
+  const int rows = min(kWarpRows, tile_rows - warp_row);
   for (int i = lane; i < rows * kChunks; i += 32) {
-    const int row = i / kChunks;
+    const int row = warp_row + i / kChunks;
     const int chunk = i % kChunks;
-    st_global_int4(out + row * p.out_token_stride + chunk * 8,
-                   ld_shared_int4(work.smem + VRows::offset(warp_row + row, chunk)));
+    st_global_int4(
+        out + PackedRow(p, row).offset(p.out_token_stride, p.out_head_stride) + chunk * 8,
+        ld_shared_int4(work.smem + VRows::offset(row, chunk)));
   }
 }
 
-/// Query tile and head of this block; false when there is none.
+/// Query tile and first head of this block; false when there is none.
 __device__ __forceinline__ bool assign(const ForwardParams& p, QueryTile& tile, int& head) {
-  const int per_group = p.max_query_tiles * p.heads_in_group;
+  const int per_group = p.max_query_tiles * p.head_packs_in_group;
   const int group = blockIdx.x / per_group;
   const int rest = blockIdx.x - group * per_group;
-  const int heads = min(p.heads_in_group, p.heads - group * p.heads_in_group);
-  const int index = rest / heads;
-  head = group * p.heads_in_group + rest - index * heads;
+  const int first_pack = group * p.head_packs_in_group;
+  const int packs = min(p.head_packs_in_group, p.head_packs - first_pack);
+  const int index = rest / packs;
+  head = (first_pack + rest - index * packs) << p.heads_per_pack_log2;
   if (index >= p.plan[p.query_tile_count]) return false;
   const int* record = p.plan + p.query_tiles + static_cast<i64>(index) * kQueryTileInts;
   const Int4 a = ld_plan_int4(record);
@@ -456,8 +499,9 @@ __device__ __forceinline__ void attend(const Work& work, VisitCursor cursor,
     cp_async_commit_group();
 
     const QueryTile tile = work.tile();
-    const int first = tile.row0 + static_cast<int>(thread_index_here() / 32 * kWarpRows);
-    const int last = min(first + kWarpRows, tile.row0 + tile.rows) - 1;
+    const int warp = static_cast<int>(thread_index_here() / 32);
+    const int first = tile.row0 + warp * (kWarpRows / 8) * p.tokens_in_8_rows;
+    const int last = min(first + kWarpRows / 8 * p.tokens_in_8_rows, tile.row0 + tile.rows) - 1;
     const Int4 b = ld_shared_int4(work.mask_address(stage) + 2 * kN * 4);
     const KeyTile bounds{b.x, b.y, b.z, b.w};
     const bool needed = last >= first && !tile_skipped(bounds, first, last);
@@ -476,7 +520,8 @@ __device__ __forceinline__ void attend(const Work& work, VisitCursor cursor,
     if (needed) {
       if constexpr (kConfig.softcap) cap_scores(s, p.softcap_in);
       if (!full) {
-        mask_scores(s, first + static_cast<int>(thread_index_here() % 32 / 4),
+        const int lane_row = static_cast<int>(thread_index_here() % 32 / 4);
+        mask_scores(p, s, first + (lane_row >> p.heads_per_pack_log2),
                     at.mask + stage * kConfig.mask_stage_bytes());
       }
       update_softmax(s, o, state, p.scale_log2);
@@ -508,10 +553,9 @@ __device__ __forceinline__ void run(const ForwardParams& p) {
         static_cast<const u16*>(p.k) + kv_head * p.k_head_stride + tile.key0 * p.k_token_stride,
         static_cast<const u16*>(p.v) + kv_head * p.v_head_stride + tile.key0 * p.v_token_stride);
   }
-  load_rows<kThreads, kM, kConfig.head_dim / 8>(
-      work.smem,
-      static_cast<const u16*>(p.q) + head * p.q_head_stride + tile.row0 * p.q_token_stride,
-      p.q_token_stride, tile.rows);
+  load_q(p, work.smem,
+         static_cast<const u16*>(p.q) + head * p.q_head_stride + tile.row0 * p.q_token_stride,
+         tile.rows << p.heads_per_pack_log2);
   cp_async_commit_group();
 
   float o[kTilesM][kTilesV][4];

@@ -1,10 +1,11 @@
 // Forward, sm90 family: wgmma, TMA, mbarriers, warp specialisation.
 //
 // Work      a persistent grid, one block a multiprocessor. An item is a query tile of the plan and
-//           a query head; the list is heavy first inside groups of heads whose K and V share the
-//           L2, and blocks draw from it (Schedule).
+//           a pack of 2^s query heads of one kv head; s comes with the call. Row r of the tile is
+//           its token r / 2^s and the pack's head r % 2^s. The list is heavy first inside groups of
+//           heads whose K and V share the L2, and blocks draw from it (Schedule).
 // Roles     warp 1 scans, warp 0 loads Q and K, warp 2 loads V; 2 or 3 consumer warpgroups own 64
-//           query rows each.
+//           rows each. A box of Q has the tile's tokens and the pack's heads, in the rows' order.
 // Tiles     the scanner tests the bounds of boxes of box_n keys, 32 at a time, and of their 16-key
 //           granules where a box is not full, and strings visible granules together:
 //           block_n / 16 of them, wherever they lie, make one MMA tile. Granules that are full for
@@ -48,15 +49,18 @@ struct Consumer {
   Ring<kQStages> q_ring;
   Ring<kStages> k_ring, v_ring;
   u32 slot = 0;
-  int row;        ///< this thread's first packed row
-  int rows_left;  ///< rows of the tile from that one on
-  int head;
+  int token;        ///< packed, of this thread's first row
+  int tokens_left;  ///< of the tile, from that one on
+  int head;         ///< of both rows, which are eight apart
 
   __device__ __forceinline__ Consumer(const ForwardParams& params, Smem shared)
       : p(params),
         smem(shared),
         warpgroup(__shfl_sync(kFullWarp, static_cast<int>(threadIdx.x / 128) - 1, 0)),
         lane(static_cast<int>(threadIdx.x % 32)) {}
+
+  /// How many tokens this thread's row r, 0 or 1, is behind its first one.
+  __device__ __forceinline__ int tokens_on(int r) const { return r * p.tokens_in_8_rows; }
 
   __device__ __forceinline__ u32 turn(int w) const { return 1 + w; }
 
@@ -100,9 +104,10 @@ struct Consumer {
     wgmma_commit_group();
   }
 
-  /// Scores outside their key's interval of rows become -inf, in granules that are not full.
+  /// Scores outside their key's interval of tokens become -inf, in granules that are not full.
   __device__ __forceinline__ void mask_scores(float (&s)[kScores], u32 full) const {
     const u32 at = smem.mask(slot) + lane % 4 * 8;
+    const int tokens[2] = {token, token + tokens_on(1)};
 #pragma unroll
     for (int g = 0; g < kGranules; ++g) {
       if ((full >> g & 1) != 0) continue;
@@ -112,10 +117,9 @@ struct Consumer {
         const Int2 len = ld_shared_int2(at + (kN + n * 8) * 4);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          const int i = row + r * 8;
-          if (static_cast<u32>(i - first.x) >= static_cast<u32>(len.x))
+          if (static_cast<u32>(tokens[r] - first.x) >= static_cast<u32>(len.x))
             s[n * 4 + r * 2] = neg_infinity();
-          if (static_cast<u32>(i - first.y) >= static_cast<u32>(len.y))
+          if (static_cast<u32>(tokens[r] - first.y) >= static_cast<u32>(len.y))
             s[n * 4 + r * 2 + 1] = neg_infinity();
         }
       }
@@ -270,8 +274,8 @@ struct Consumer {
       const float sum = quad_sum(state.sum[0][r]);
       const bool seen = sum != 0.0f;  // a NaN that it saw, too
       const float inverse = seen ? 1.0f / sum : 0.0f;
-      const bool inside = r * 8 < rows_left;
-      const i64 at = row + r * 8;
+      const bool inside = tokens_on(r) < tokens_left;
+      const i64 at = token + tokens_on(r);
       if (p.lse != nullptr && quad == 0 && inside) {
         p.lse[static_cast<i64>(head) * p.total_q + at] =
             seen ? kLn2 * (state.reference[0][r] + log2_approx(sum)) : neg_infinity();
@@ -319,8 +323,8 @@ struct Consumer {
     const int pair = static_cast<int>(out_pair);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      if (r * 8 >= rows_left) continue;
-      const i64 at = row + r * 8;
+      if (tokens_on(r) >= tokens_left) continue;
+      const i64 at = token + tokens_on(r);
 #pragma unroll 1
       for (int chunk = lane % 4; chunk < kChunks8; chunk += 4) {
         st_global_int4(out + at * p.out_token_stride + chunk * 8, Int4{pair, pair, pair, pair});
@@ -342,9 +346,10 @@ struct Consumer {
                   __shfl_sync(kFullWarp, work.z, 0), __shfl_sync(kFullWarp, work.w, 0)};
       if (work.w == kExit) return;
       const int local = static_cast<int>(threadIdx.x / 32 - 4) * 16 + lane / 4;
-      row = work.x + local;
-      rows_left = work.y - local;
-      head = work.z;
+      const int token_in_tile = local >> p.heads_per_pack_log2;
+      token = work.x + token_in_tile;
+      tokens_left = work.y - token_in_tile;
+      head = work.z + (local & ((1 << p.heads_per_pack_log2) - 1));
       if (work.w != kAttend) {
         release(smem.q_empty(q_ring.stage));
         q_ring.advance();

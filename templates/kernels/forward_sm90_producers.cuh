@@ -57,8 +57,9 @@ struct Scanner {
     u32 seen = 0;
 #pragma unroll
     for (int w = 0; w < kWarpgroups; ++w) {
-      const int row0 = tile.row0 + w * 64;
-      if (tile_full(bounds, row0, min(last, row0 + 63))) seen |= 1u << w;
+      const int tokens = 8 * p.f.tokens_in_8_rows;  // of a warpgroup
+      const int row0 = tile.row0 + w * tokens;
+      if (tile_full(bounds, row0, min(last, row0 + tokens - 1))) seen |= 1u << w;
     }
     return seen;
   }
@@ -161,7 +162,7 @@ struct Scanner {
 /// A tile for a loading warp: a lane loads granule lane % kGranules, chunk lane / kGranules of its
 /// dims.
 struct LoaderTile {
-  Int4 work;     ///< {row0, rows, head, kind}
+  Int4 work;     ///< {row0, rows, first head, kind}
   int kind;      ///< as work.w
   int granules;  ///< that it has
   bool last;     ///< of its item

@@ -42,7 +42,7 @@ enum WorkKind : int { kAttend = 0, kSeesNothing = 1, kInvalid = 2, kExit = 3 };
 
 struct Item {
   int index;  ///< query tile, in the plan's order
-  int head;
+  int head;   ///< first of the pack
 };
 
 /// The or of all lanes' values: what one lane holds and the others lack, or what all hold alike.
@@ -71,28 +71,28 @@ struct Schedule {
       : p(params),
         lane(lane_in_warp),
         tiles(params.f.plan[params.f.query_tile_count]),
-        items(tiles * params.f.heads),
+        items(tiles * params.f.head_packs),
         at(static_cast<int>(blockIdx.x)) {}
 
   /// The present item; false when there is none left.
   __device__ __forceinline__ bool item(Item& item) const {
     if (at >= items) return false;
     // A group that is smaller comes first: what is left at the end is dealt out evenly.
-    const int smaller = p.f.heads % p.f.heads_in_group;
+    const int smaller = p.f.head_packs % p.f.head_packs_in_group;
     const int before = tiles * smaller;
-    int heads = p.f.heads_in_group;
-    int first_head = 0;
+    int packs = p.f.head_packs_in_group;
+    int first_pack = 0;
     int rest = at;
     if (at < before) {
-      heads = smaller;
+      packs = smaller;
     } else {
-      const int per_group = tiles * heads;
+      const int per_group = tiles * packs;
       const int group = (at - before) / per_group;
       rest = at - before - group * per_group;
-      first_head = smaller + group * heads;
+      first_pack = smaller + group * packs;
     }
-    item.index = rest / heads;
-    item.head = first_head + rest - item.index * heads;
+    item.index = rest / packs;
+    item.head = (first_pack + rest - item.index * packs) << p.f.heads_per_pack_log2;
     return true;
   }
 

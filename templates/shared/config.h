@@ -23,6 +23,11 @@ inline constexpr int kHeadDimMax = 256;
 /// starts.
 inline constexpr int kGranuleKeys = 16;
 
+/// A forward tile's rows are tokens times query heads of one kv head: up to 1 << this heads of each
+/// token. With 128 rows more would make tiles finer than granules; and no more than eight, so that
+/// rows that are eight apart, as a thread's accumulators are, differ in their token alone.
+inline constexpr int kMostHeadsPerPackLog2 = 3;
+
 /// Everything a forward kernel is specialised on.
 struct ForwardConfig {
   KernelDType dtype;
@@ -131,7 +136,8 @@ struct ForwardSm90Config {
   TREEATTN_HOST_DEVICE constexpr int queue_offset() const {
     return mask_offset() + mask_slots() * mask_slot_bytes();
   }
-  /// Tiles for the loader: {row0, rows, head, kind}, {key0, keys, granules, last}, granules.
+  /// Tiles for the loader: {row0, rows, head, kind}, {key0, keys, kv head, granules and whether it
+  /// is the last}, granules. Rows are tokens, the head is the first of its pack.
   TREEATTN_HOST_DEVICE constexpr int record_bytes() const { return 32 + (granules() + 3) / 4 * 16; }
   TREEATTN_HOST_DEVICE constexpr int record_offset() const {
     return queue_offset() + kQueueGranules * 4;

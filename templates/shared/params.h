@@ -28,7 +28,9 @@ struct PlanParams {
   int lowering;        ///< LoweringCode
 };
 
-/// Parameters of the forward kernels. Strides are in elements.
+/// Parameters of the forward kernels. Strides are in elements. Query heads are walked in packs that
+/// share a kv head and the rows of a tile: row r is token row0 + (r >> heads_per_pack_log2) and
+/// head r & ((1 << heads_per_pack_log2) - 1) of the pack. The plan counts in tokens.
 struct ForwardParams {
   const void* q;
   const void* k;
@@ -45,13 +47,15 @@ struct ForwardParams {
   long long first;        ///< offsets of the intervals
   long long len;
   int query_tile_count;  ///< offset of the number of query tiles (in the meta section)
-  int max_query_tiles;   ///< grid extent of the tile dimension: tile_slots(total_q, batch, block_m)
+  int max_query_tiles;   ///< grid extent of the tile dimension: tile_slots() of the view's block_m
   int total_q;
-  int heads;
-  int heads_per_kv;    ///< heads / heads_kv
-  int heads_in_group;  ///< heads walked together per query tile, so that their K/V stay in L2
-  float scale_log2;    ///< softmax_scale * log2(e); with softcap: softcap * log2(e)
-  float softcap_in;    ///< with softcap: softmax_scale / softcap
+  int head_packs;           ///< heads >> heads_per_pack_log2
+  int heads_per_kv;         ///< heads / heads_kv
+  int head_packs_in_group;  ///< walked together per query tile, so that their K/V stay in L2
+  int heads_per_pack_log2;  ///< 0 to kMostHeadsPerPackLog2; a pack never spans two kv heads
+  int tokens_in_8_rows;     ///< 8 >> heads_per_pack_log2, for main loops that have no time to shift
+  float scale_log2;         ///< softmax_scale * log2(e); with softcap: softcap * log2(e)
+  float softcap_in;         ///< with softcap: softmax_scale / softcap
 };
 
 /// A CUtensorMap, which the driver encodes and only the copy engine reads.

@@ -22,7 +22,7 @@ emulator::Tensor tensor_of(const TensorMapRequest& map) {
           map.tokens,
           map.token_stride,
           map.head_stride,
-          1,
+          map.box_heads,
           map.rows};
 }
 
@@ -35,9 +35,10 @@ TensorMap map_of(const emulator::Tensor& tensor) {
 
 /// Runs the kernel and fills c.out and lse. The seed is of the order in which things happen.
 void run(const emulator::Kernel& kernel, RandomCase& c, std::vector<float>& lse,
-         std::uint64_t order = 0) {
+         std::uint64_t order = 0, bool packed = false) {
   const KernelSpec spec = parse_kernel_spec(kernel.spec);
-  const PlanView view{spec.tile.block_m, spec.tile.view_block_n()};
+  const int heads_per_pack_log2 = packed ? most_heads_per_pack_log2(c.heads / c.heads_kv) : 0;
+  const PlanView view{spec.tile.block_m >> heads_per_pack_log2, spec.tile.view_block_n()};
   const PlanShape shape = c.plan_shape({&view, 1});
   std::vector<int> plan(static_cast<std::size_t>(plan_offsets(shape).total_ints), -1);
   build_plan_cpu(shape, c.plan_inputs(), plan.data());
@@ -92,6 +93,34 @@ TEST_P(EmulatedForward, RandomCasesAgreeWithTheOracle) {
     std::vector<float> lse;
     ASSERT_NO_THROW(run(GetParam(), c, lse, seed)) << c.describe();
     EXPECT_EQ(judge_forward(c, expected, c.out.to_doubles(), lse), "");
+  }
+}
+
+TEST_P(EmulatedForward, PackedHeadsAgreeWithTheOracle) {
+  const Problem problem = parse_kernel_spec(GetParam().spec).problem;
+  int cases = 0;
+  for (std::uint64_t seed = 200; cases < 8; ++seed) {
+    RandomCase c = random_case(seed, emulated_cases(problem));
+    if (most_heads_per_pack_log2(c.heads / c.heads_kv) == 0) continue;
+    ++cases;
+    const OracleResult expected = oracle_forward(c.oracle(), emulation_of(c.dtype), 1);
+    std::vector<float> lse;
+    ASSERT_NO_THROW(run(GetParam(), c, lse, seed, true)) << c.describe();
+    EXPECT_EQ(judge_forward(c, expected, c.out.to_doubles(), lse), "");
+  }
+}
+
+TEST_P(EmulatedForward, PackedHeadsSeeTheExactNumberOfKeys) {
+  const Problem problem = parse_kernel_spec(GetParam().spec).problem;
+  int cases = 0;
+  for (std::uint64_t seed = 300; cases < 4; ++seed) {
+    RandomCase c = random_case(seed, emulated_cases(problem));
+    if (most_heads_per_pack_log2(c.heads / c.heads_kv) == 0) continue;
+    ++cases;
+    apply_count_probe(c);
+    std::vector<float> lse;
+    ASSERT_NO_THROW(run(GetParam(), c, lse, seed, true)) << c.describe();
+    EXPECT_EQ(judge_count_probe(c, lse), "");
   }
 }
 

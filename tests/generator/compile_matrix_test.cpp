@@ -93,12 +93,16 @@ TEST(CompileSlow, KernelsForOtherStridesCompileWithoutSpills) {
   std::vector<KernelSpec> specs;
   for (const KernelSpec& usual : default_specs(Pass::kForward, kSm90Target)) {
     if (usual.problem.dtype != KernelDType::kBF16) continue;
-    const PlanView view{usual.tile.block_m, usual.tile.view_block_n()};
     Problem problem = usual.problem;
     problem.family = Family::kSm80;
     problem.target.arch_specific = false;
-    const auto tile = sm80_tile_for_views(problem, {&view, 1});
-    if (tile && *tile != default_tile(problem)) specs.push_back({problem, *tile});
+    for (int log2 = 0; log2 <= kMostHeadsPerPackLog2; ++log2) {
+      const PlanView view{usual.tile.block_m >> log2, usual.tile.view_block_n()};
+      const auto tile = sm80_tile_for_views(problem, {&view, 1}, log2);
+      if (!tile || *tile == default_tile(problem)) continue;
+      const KernelSpec spec{problem, *tile};
+      if (specs.empty() || specs.back() != spec) specs.push_back(spec);
+    }
   }
   ASSERT_FALSE(specs.empty());
   for (const Compiled& compiled : compile_all(specs)) {

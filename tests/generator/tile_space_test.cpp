@@ -169,6 +169,39 @@ TEST(TileSpace, TheTileForViewsIsTheDefaultWhereItCanBe) {
   EXPECT_EQ(sm80_tile_for_views(p, {}), std::nullopt);
 }
 
+TEST(TileSpace, ATileForViewsMayHaveRowsForSeveralHeadsOfAToken) {
+  const Problem p = problem(128, 128);
+  const TileConfig usual = default_tile(p);
+  const auto block_n = static_cast<int>(usual.block_n);
+  for (int log2 = 0; log2 <= kMostHeadsPerPackLog2; ++log2) {
+    const PlanView packed{usual.block_m >> log2, block_n};
+    EXPECT_EQ(sm80_tile_for_views(p, {&packed, 1}, log2), usual) << log2;
+    EXPECT_EQ(sm80_tile_for_views(p, {&packed, 1}, kMostHeadsPerPackLog2), usual) << log2;
+  }
+  const PlanView of_eight{usual.block_m / 8, block_n};
+  EXPECT_EQ(sm80_tile_for_views(p, {&of_eight, 1}, 2)->block_m, usual.block_m / 2);
+  EXPECT_EQ(sm80_tile_for_views(p, {&of_eight, 1}, 0), std::nullopt);
+}
+
+// Whatever of its views a plan of the sm90 family holds.
+TEST(TileSpace, AllButSmallHeadsOfTheSm80FamilyWalkPackedViewsOfTheSm90Family) {
+  for (int head_dim = 72; head_dim <= 256; head_dim += 8) {
+    for (int most = 0; most <= kMostHeadsPerPackLog2; ++most) {
+      for (int log2 = 0; log2 <= most; ++log2) {
+        PlanView view = sm90_view(head_dim, head_dim);
+        view.block_m >>= log2;
+        const Problem p = problem(head_dim, head_dim);
+        const auto tile = sm80_tile_for_views(p, {&view, 1}, most);
+        ASSERT_TRUE(tile) << to_string(p);
+        EXPECT_EQ(reason(p, *tile), "") << to_string(p);
+        EXPECT_EQ(tile->block_n, view.block_n);
+        EXPECT_EQ(tile->block_m % view.block_m, 0);
+        EXPECT_LE(tile->block_m, 128) << "no larger than without packs";
+      }
+    }
+  }
+}
+
 TEST(TileSpace, HeadDimsAreRefusedWithTheirValue) {
   EXPECT_EQ(refuse_problem(problem(128, 128)), std::nullopt);
   EXPECT_THAT(refuse_problem(problem(100, 128)).value_or(""), HasSubstr("head_dim is 100"));

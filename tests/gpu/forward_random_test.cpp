@@ -47,27 +47,33 @@ TEST_F(ForwardRandom, ThreeHundredCasesAgreeWithTheOracle) {
   std::vector<JudgedCase> cases = make_cases(
       kCases, [](int n) { return random_case(static_cast<std::uint64_t>(n), gpu_cases()); });
   double worst_bf16 = 0, worst_f16 = 0, worst_lse = 0;
+  int packed = 0;
   for (auto& [c, expected] : cases) {
-    DeviceCase on(c, false);
-    std::vector<float> lse;
-    on.forward(c, lse);
-    const std::vector<double> out = c.out.to_doubles();
-    EXPECT_EQ(judge_forward(c, expected, out, lse), "");
-    EXPECT_TRUE(on.intact()) << "bytes beside a tensor were written: " << c.describe();
-    const ForwardError error =
-        compare_forward(expected.out, expected.lse, out, lse, c.heads, c.head_dim_v);
-    double& worst = c.dtype == DType::kF16 ? worst_f16 : worst_bf16;
-    worst = std::max(worst, error.rel_l2);
-    worst_lse = std::max(worst_lse, error.lse);
+    for (int log2 = 0; log2 <= most_packed(c); ++log2) {
+      DeviceCase on(c, false, nullptr, log2);
+      std::vector<float> lse;
+      on.forward(c, lse);
+      const std::vector<double> out = c.out.to_doubles();
+      EXPECT_EQ(judge_forward(c, expected, out, lse), "") << (1 << log2) << " heads a tile";
+      EXPECT_TRUE(on.intact()) << "bytes beside a tensor were written with " << (1 << log2)
+                               << " heads a tile: " << c.describe();
+      const ForwardError error =
+          compare_forward(expected.out, expected.lse, out, lse, c.heads, c.head_dim_v);
+      double& worst = c.dtype == DType::kF16 ? worst_f16 : worst_bf16;
+      worst = std::max(worst, error.rel_l2);
+      worst_lse = std::max(worst_lse, error.lse);
+      packed += log2 > 0 ? 1 : 0;
+    }
   }
-  std::printf("forward, %d cases: rel_l2 bf16 %.2e, f16 %.2e, lse %.2e\n", kCases, worst_bf16,
-              worst_f16, worst_lse);
+  EXPECT_GT(packed, kCases / 2);
+  std::printf("forward, %d cases and %d packed: rel_l2 bf16 %.2e, f16 %.2e, lse %.2e\n", kCases,
+              packed, worst_bf16, worst_f16, worst_lse);
 }
 
 TEST_F(ForwardRandom, WithoutLseTheOutputIsTheSame) {
   for (std::uint64_t seed = 0; seed < 40; ++seed) {
     RandomCase c = random_case(seed, gpu_cases());
-    const DeviceCase on(c, false);
+    const DeviceCase on(c, false, nullptr, most_packed(c));
     const auto run = [&](float* lse) {
       HostTensor out = c.out;
       GuardedBuffer device_out(out);
@@ -98,10 +104,10 @@ TEST_F(ForwardRandom, EveryDefaultKernelAgreesWithTheOracle) {
     options.softcap = false;
     options.lowering = Lowering::kTree;
     options.long_share = 0;
-    options.most_heads = 4;
+    options.most_heads = 8;
     for (std::uint64_t seed = 3000 + static_cast<std::uint64_t>(n);; seed += specs.size()) {
       RandomCase c = random_case(seed, options);
-      if (std::min(c.cu_q.back(), c.cu_k.back()) > 200) return c;
+      if (std::min(c.cu_q.back(), c.cu_k.back()) > 200 && most_packed(c) > 0) return c;
     }
   });
   for (std::size_t n = 0; n < specs.size(); ++n) {
@@ -110,11 +116,14 @@ TEST_F(ForwardRandom, EveryDefaultKernelAgreesWithTheOracle) {
     const auto prepared = gpu_engine().prepare({&shape, 1});
     ASSERT_EQ(prepared.size(), 2U);
     EXPECT_EQ(prepared[1].spec, to_string(specs[n]));
-    DeviceCase on(c, false);
-    std::vector<float> lse;
-    on.forward(c, lse, nullptr, to_string(specs[n]));
-    EXPECT_EQ(judge_forward(c, cases[n].expected, c.out.to_doubles(), lse), "");
-    EXPECT_TRUE(on.intact()) << to_string(specs[n]);
+    for (const int log2 : {0, most_packed(c)}) {
+      DeviceCase on(c, false, nullptr, log2);
+      std::vector<float> lse;
+      on.forward(c, lse, nullptr, to_string(specs[n]));
+      EXPECT_EQ(judge_forward(c, cases[n].expected, c.out.to_doubles(), lse), "")
+          << (1 << log2) << " heads a tile";
+      EXPECT_TRUE(on.intact()) << to_string(specs[n]) << ", " << (1 << log2) << " heads a tile";
+    }
   }
 }
 

@@ -14,8 +14,8 @@ namespace {
 
 class DevicePlan : public GpuTest {};
 
-void expect_same(const RandomCase& c) {
-  DeviceCase on(c, true);
+void expect_same(const RandomCase& c, std::optional<int> heads_per_pack_log2 = std::nullopt) {
+  const DeviceCase on(c, true, nullptr, heads_per_pack_log2);
   const std::vector<int> device = on.download_plan();
   const PlanShape shape = to_plan_shape(on.plan());
   std::vector<int> host(device.size());
@@ -36,13 +36,24 @@ TEST_F(DevicePlan, EqualsTheCpuPlan) {
     expect_same(random_case(seed, shapes_only()));
 }
 
+TEST_F(DevicePlan, EqualsTheCpuPlanForPackedHeads) {
+  for (std::uint64_t seed = 2300; seed < 2400; ++seed) {
+    expect_same(random_case(seed, shapes_only()),
+                1 + static_cast<int>(seed % kMostHeadsPerPackLog2));
+  }
+}
+
 TEST_F(DevicePlan, EqualsTheCpuPlanForManyTokensAndSequences) {
   RandomCaseOptions options = shapes_only();
   options.long_share = 1;
   options.most_long_tokens = 60'000;
   options.head_dim = 64;
   options.head_dim_v = 64;
-  for (std::uint64_t seed = 2400; seed < 2410; ++seed) expect_same(random_case(seed, options));
+  for (std::uint64_t seed = 2400; seed < 2410; ++seed) {
+    const RandomCase c = random_case(seed, options);
+    expect_same(c);
+    expect_same(c, kMostHeadsPerPackLog2);
+  }
   RandomCase c = random_case(2410, options);
   c.lowering = Lowering::kCausal;
   c.cu_q.assign(1, 0);

@@ -390,6 +390,60 @@ TEST_F(CudaEngine, Sm90KernelsGetTensorMapsAndAPersistentGrid) {
   EXPECT_THAT(driver_.launches(), SizeIs(2));
 }
 
+TEST_F(CudaEngine, PlansOfPackedHeadsAreWalkedPacked) {
+  Engine engine;
+  constexpr int kDim = 128;
+  Plan plan = plan_for(engine, kDim);  // two query heads to a kv head
+  plan.views[0].block_m = spec(kDim).tile.block_m / 2;
+  driver_.launch_params_bytes = sizeof(ForwardSm90Params);
+  engine.forward(args(plan, kDim), stream());
+  const FakeDriver::Launch seen = driver_.launches().back();
+  EXPECT_THAT(seen.entry, HasSubstr("fwd_sm90_bf16_d128v128"));
+  EXPECT_EQ(seen.config.gridDimX, 2U * static_cast<unsigned>(tile_slots(kTotal, 1, 64)));
+  EXPECT_THAT(driver_.tensor_maps()[0].sizes, ElementsAre(kDim, 4, kTotal));
+  EXPECT_THAT(driver_.tensor_maps()[0].box, ElementsAre(64, 2, 64));
+  EXPECT_THAT(driver_.tensor_maps()[1].box, ElementsAre(64, 1, 64));
+  ForwardSm90Params params{};
+  std::memcpy(&params, seen.params.data(), sizeof params);
+  EXPECT_EQ(params.f.head_packs, 2);
+  EXPECT_EQ(params.f.heads_per_pack_log2, 1);
+
+  // A box of two heads that are one in the map: the other family, as packed.
+  driver_.launch_params_bytes = sizeof(ForwardParams);
+  ForwardArgs shared = args(plan, kDim);
+  shared.q.head_stride = 0;
+  engine.forward(shared, stream());
+  const FakeDriver::Launch instead = driver_.launches().back();
+  EXPECT_THAT(instead.entry, HasSubstr("fwd_sm80_bf16_d128v128_m128n64"));
+  ForwardParams p{};
+  std::memcpy(&p, instead.params.data(), sizeof p);
+  EXPECT_EQ(p.heads_per_pack_log2, 1);
+  EXPECT_EQ(p.q_head_stride, 0);
+  shared.spec = "fwd/sm90@sm_90a/bf16/d128v128/m128n128s2w8b64";
+  EXPECT_THAT(refusal([&] { engine.forward(shared); }), HasSubstr("a positive head stride"));
+
+  // A named kernel walks a packed view, too.
+  plan.views[0] = {64 / 2, 16};
+  ForwardArgs named = args(plan, kDim);
+  named.spec = "fwd/sm80@sm_90/bf16/d128v128/m64n16s1w4";
+  engine.forward(named);
+  std::memcpy(&p, driver_.launches().back().params.data(), sizeof p);
+  EXPECT_EQ(p.heads_per_pack_log2, 1);
+}
+
+// Backward's tile lists may have the shape of packed ones.
+TEST_F(CudaEngine, PlansThatHoldTheUnpackedViewAreWalkedByItUntilPackingIsOn) {
+  Engine engine;
+  constexpr int kDim = 128;
+  const Plan plan = backward_plan(engine, kDim);
+  EXPECT_GE(find_view(to_plan_shape(plan), 64, 64), 0) << "of dq";
+  driver_.launch_params_bytes = sizeof(ForwardSm90Params);
+  engine.forward(args(plan, kDim));
+  ForwardSm90Params params{};
+  std::memcpy(&params, driver_.launches().back().params.data(), sizeof params);
+  EXPECT_EQ(params.f.heads_per_pack_log2, heads_per_pack_log2_for(shape(kDim)));
+}
+
 TEST_F(CudaEngine, StridesThatNoTensorMapHoldsRunTheSm80Family) {
   Engine engine;
   constexpr int kDim = 128;

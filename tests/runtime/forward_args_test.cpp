@@ -281,6 +281,9 @@ TEST(ForwardLaunchTest, ParametersAreTheArguments) {
   EXPECT_EQ(p.v_token_stride, 256);
   EXPECT_EQ(p.out_head_stride, 128);
   EXPECT_EQ(p.heads_per_kv, 2);
+  EXPECT_EQ(p.head_packs, 4);
+  EXPECT_EQ(p.heads_per_pack_log2, 0);
+  EXPECT_EQ(p.tokens_in_8_rows, 8);
   EXPECT_EQ(p.total_q, 10);
   const PlanShape plan = to_plan_shape(f.plan);
   const PlanOffsets offsets = plan_offsets(plan);
@@ -305,6 +308,79 @@ TEST(ForwardLaunchTest, TheViewOfTheKernelsTileIsTaken) {
   const ForwardParams p = f.launch().params;
   EXPECT_EQ(p.query_tiles, offsets.views[2].query_tiles);
   EXPECT_EQ(p.query_tile_count, kMetaQueryTiles + 2);
+}
+
+TEST(ForwardLaunchTest, APackedViewIsWalkedInTokens) {
+  Fixture f;  // two query heads to a kv head
+  f.plan.total_q = 1000;
+  f.args.out.token_stride = 4 * 128;
+  const int block_m = f.plan.views[0].block_m;
+  f.plan.views[0].block_m = block_m / 2;
+  const ForwardLaunch launch = f.launch();
+  const ForwardParams& p = launch.params;
+  EXPECT_EQ(p.head_packs, 2);
+  EXPECT_EQ(p.heads_per_kv, 2);
+  EXPECT_EQ(p.heads_per_pack_log2, 1);
+  EXPECT_EQ(p.tokens_in_8_rows, 4);
+  EXPECT_EQ(p.max_query_tiles, tile_slots(1000, 2, block_m / 2));
+  EXPECT_EQ(launch.grid.x, static_cast<unsigned>(p.max_query_tiles) * 2);
+  EXPECT_EQ(p.query_tile_count, kMetaQueryTiles);
+  f.args.heads_kv = 4;  // no head shares its keys: the view is another tile's
+  EXPECT_THROW(f.launch(), Error);
+}
+
+PlanShape holding(std::initializer_list<PlanView> views) {
+  PlanShape plan{};
+  for (const PlanView& view : views) plan.views[plan.num_views++] = view;
+  return plan;
+}
+
+TEST(ForwardViewTest, AsManyHeadsShareATileAsDivideAKvHeadsUpToEight) {
+  for (const auto& [heads_per_kv, log2] : {std::pair(1, 0),
+                                           {2, 1},
+                                           {3, 0},
+                                           {4, 2},
+                                           {6, 1},
+                                           {7, 0},
+                                           {8, 3},
+                                           {12, 2},
+                                           {16, 3},
+                                           {24, 3},
+                                           {32, 3}}) {
+    EXPECT_EQ(most_heads_per_pack_log2(heads_per_kv), log2) << heads_per_kv;
+    const Shape shape{DType::kBF16, 5 * heads_per_kv, 5, 128};
+    EXPECT_EQ(heads_per_pack_log2_for(shape, true), log2) << heads_per_kv;
+    EXPECT_EQ(heads_per_pack_log2_for(shape, false), 0) << heads_per_kv;
+  }
+}
+
+TEST(ForwardViewTest, TheViewOfTheMostHeadsThatThePlanHoldsIsTaken) {
+  const TileConfig sm80{128, 64, 2, 4};
+  const TileConfig sm90{192, 112, 2, 12, 64};
+  const auto expect = [](const PlanShape& plan, const TileConfig& tile, int heads_per_kv, bool pack,
+                         int view, int log2) {
+    const ForwardView found = forward_view(plan, tile, heads_per_kv, pack);
+    EXPECT_EQ(found.view, view) << heads_per_kv;
+    EXPECT_EQ(found.heads_per_pack_log2, log2) << heads_per_kv;
+  };
+  const PlanShape all =
+      holding({{128, 64}, {64, 64}, {32, 64}, {16, 64}, {192, 64}, {24, 64}, {16, 32}});
+  for (const auto& [heads_per_kv, log2] :
+       {std::pair(1, 0), {2, 1}, {4, 2}, {6, 1}, {7, 0}, {8, 3}, {16, 3}}) {
+    expect(all, sm80, heads_per_kv, true, log2, log2);
+    expect(all, sm80, heads_per_kv, false, 0, 0);
+    const bool eight = heads_per_kv % 8 == 0;
+    expect(all, sm90, heads_per_kv, true, eight ? 5 : 4, eight ? 3 : 0);
+    for (const bool pack : {false, true}) {
+      expect(holding({{16, 16}, {128, 64}}), sm80, heads_per_kv, pack, 1, 0);
+      expect(holding({{128, 32}, {64, 32}}), sm80, heads_per_kv, pack, -1, 0);
+      // A plan that was made for packs and nothing else.
+      expect(holding({{16, 64}}), sm80, heads_per_kv, pack, eight ? 0 : -1, eight ? 3 : 0);
+    }
+  }
+  // Fewer heads than could be packed.
+  expect(holding({{128, 64}, {64, 64}}), sm80, 8, true, 1, 1);
+  expect(holding({{64, 64}}), sm80, 8, false, 0, 1);
 }
 
 TEST(ForwardLaunchTest, APlanWithoutTheKernelsTileIsRefusedNotRebuilt) {
@@ -346,13 +422,32 @@ TEST(ForwardLaunchTest, HeadsAreWalkedInWholeGroupsThatFitTheL2) {
   f.args.heads_kv = 8;
   f.args.out.token_stride = 32 * 128;
   f.plan.total_q = f.plan.total_k = 100'000;
-  EXPECT_EQ(f.launch(132, kBigL2).params.heads_in_group, 32);
-  EXPECT_EQ(f.launch(132, 1).params.heads_in_group, 4);
+  EXPECT_EQ(f.launch(132, kBigL2).params.head_packs_in_group, 32);
+  EXPECT_EQ(f.launch(132, 1).params.head_packs_in_group, 4);
   for (const std::int64_t l2_bytes : {20'000'000, 60'000'000, 150'000'000, 400'000'000}) {
     const ForwardParams p = f.launch(132, l2_bytes).params;
-    EXPECT_EQ(p.heads_in_group % 4, 0);
-    EXPECT_GE(p.heads_in_group, 4);
-    EXPECT_LE(p.heads_in_group, 32);
+    EXPECT_EQ(p.head_packs_in_group % 4, 0);
+    EXPECT_GE(p.head_packs_in_group, 4);
+    EXPECT_LE(p.head_packs_in_group, 32);
+  }
+}
+
+TEST(ForwardLaunchTest, PackedHeadsAreWalkedInWholeGroupsToo) {
+  Fixture f;
+  f.args.heads = 64;
+  f.args.heads_kv = 4;  // packs of 8, two to a kv head
+  f.args.out.token_stride = 64 * 128;
+  f.plan.total_q = f.plan.total_k = 100'000;
+  f.plan.views[0].block_m /= 8;
+  const ForwardLaunch launch = f.launch(132, kBigL2);
+  EXPECT_EQ(launch.params.head_packs, 8);
+  EXPECT_EQ(launch.params.head_packs_in_group, 8);
+  EXPECT_EQ(launch.grid.x, static_cast<unsigned>(launch.params.max_query_tiles) * 8);
+  for (const std::int64_t l2_bytes : {1, 60'000'000, 150'000'000, 400'000'000}) {
+    const ForwardParams p = f.launch(132, l2_bytes).params;
+    EXPECT_EQ(p.head_packs_in_group % 2, 0);
+    EXPECT_GE(p.head_packs_in_group, 2);
+    EXPECT_LE(p.head_packs_in_group, 8);
   }
 }
 
@@ -384,15 +479,43 @@ TEST(StridesTest, TheFirstTensorThatNoMapHoldsIsNamed) {
   EXPECT_THAT(describe_misfit(maps()), HasSubstr("q has token stride 0 and head stride 64"));
 }
 
+TEST(StridesTest, ABoxOfQHoldsAsManyHeadsAsTheViewPacks) {
+  Fixture f;
+  f.args.heads = 16;
+  const KernelSpec spec = parse_kernel_spec("fwd/sm90@sm_90a/bf16/d64v128");
+  f.plan.views[0] = {spec.tile.block_m / 8, spec.tile.view_block_n()};
+  const PlanShape plan = to_plan_shape(f.plan);
+  const auto maps = [&] { return forward_tensor_maps(f.args, plan, spec); };
+  EXPECT_EQ(maps().q.rows, spec.tile.block_m / 8);
+  EXPECT_EQ(maps().q.box_heads, 8);
+  EXPECT_EQ(maps().k.box_heads, 1);
+  EXPECT_EQ(maps().v_granule.box_heads, 1);
+  EXPECT_TRUE(maps().fit());
+  // One head in the map for all of the tensor's: no box holds eight of it.
+  f.args.q.head_stride = 0;
+  EXPECT_FALSE(maps().fit());
+  EXPECT_THAT(describe_misfit(maps()), HasSubstr("head stride 0, which kernels"));
+  EXPECT_THAT(describe_misfit(maps()), HasSubstr("and a positive head stride"));
+  const auto other = strided_spec(spec.problem, plan, 8);
+  ASSERT_TRUE(other);
+  EXPECT_EQ(other->tile.block_m, 128);
+  EXPECT_EQ(make_forward_launch(f.args, plan, *other, 132, kBigL2).params.heads_per_pack_log2, 3);
+  f.plan.views[0].block_m = spec.tile.block_m;
+  const ForwardTensorMaps unpacked = forward_tensor_maps(f.args, to_plan_shape(f.plan), spec);
+  EXPECT_EQ(unpacked.q.rows, spec.tile.block_m);
+  EXPECT_EQ(unpacked.q.box_heads, 1);
+  EXPECT_TRUE(unpacked.fit());
+}
+
 TEST(StridesTest, TheOtherKernelIsForTheSameProblem) {
   const Fixture f;
   const PlanShape plan = to_plan_shape(f.plan);
   const KernelSpec sm90 = parse_kernel_spec("fwd/sm90@sm_90a/bf16/d64v128/softcap");
-  const auto other = strided_spec(sm90.problem, plan);
+  const auto other = strided_spec(sm90.problem, plan, 2);
   ASSERT_TRUE(other);
   EXPECT_EQ(*other, Fixture::spec(true));
   const PlanShape nothing{};
-  EXPECT_EQ(strided_spec(sm90.problem, nothing), std::nullopt);
+  EXPECT_EQ(strided_spec(sm90.problem, nothing, 2), std::nullopt);
 }
 
 TEST(PlanLaunchTest, GridsFollowTheTotalsUpToWhatFillsTheDevice) {

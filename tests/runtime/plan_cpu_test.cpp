@@ -18,7 +18,7 @@ using testing::oracle_sees;
 using testing::OracleCase;
 using testing::random_forest;
 
-constexpr PlanView kViews[] = {{16, 16}, {64, 32}, {32, 128}, {128, 64}};
+constexpr PlanView kViews[] = {{16, 16}, {64, 32}, {32, 128}, {128, 64}, {24, 64}, {4, 32}};
 constexpr int kCanary = 0x5ca1ab1e;
 
 /// A built plan; the ints behind the buffer prove that nothing was written there.

@@ -56,6 +56,9 @@ TEST(PlanHeader, RefusesWhatIsNotAPlan) {
   EXPECT_THAT(message([](Plan& p) { p.num_views = 9; }), HasSubstr("plan.num_views is 9"));
   EXPECT_THAT(message([](Plan& p) { p.views[1].block_n = 40; }),
               HasSubstr("plan.views[1].block_n is 40, expected a positive multiple of 16"));
+  EXPECT_THAT(message([](Plan& p) { p.views[0].block_m = 6; }),
+              HasSubstr("plan.views[0].block_m is 6, expected a positive multiple of 4"));
+  EXPECT_EQ(message([](Plan& p) { p.views[0].block_m = 24; }), "accepted");
 }
 
 TEST(PlanReportTest, ABufferNobodyBuiltIsNotValid) {

@@ -86,6 +86,20 @@ TEST(TensorMap, HeadsWithoutAStrideAreOne) {
   EXPECT_THAT(driver.tensor_maps()[0].sizes, ElementsAre(72, 1, 1000));
 }
 
+TEST(TensorMap, ABoxMayHoldSeveralHeads) {
+  const test::FakeDriver driver;
+  TensorMapRequest packed = request();
+  packed.box_heads = 4;
+  packed.rows = 16;
+  EXPECT_TRUE(fits_tensor_map(packed));
+  encode_tensor_map(packed);
+  ASSERT_THAT(driver.tensor_maps(), SizeIs(1));
+  EXPECT_THAT(driver.tensor_maps()[0].sizes, ElementsAre(72, 4, 1000));
+  EXPECT_THAT(driver.tensor_maps()[0].box, ElementsAre(64, 4, 16));
+  packed.head_stride = 0;  // all heads are the map's one
+  EXPECT_FALSE(fits_tensor_map(packed));
+}
+
 TEST(TensorMap, StridesThatItCannotHoldDoNotFit) {
   EXPECT_TRUE(fits_tensor_map(request()));
   for (const std::int64_t stride : {std::int64_t{0}, std::int64_t{-64}, std::int64_t{1} << 39}) {
@@ -114,6 +128,7 @@ TEST(TensorMapCache, AsksAgainForAnyOtherRequestOnly) {
       [](TensorMapRequest& r) { r.token_stride += 8; },
       [](TensorMapRequest& r) { r.head_stride += 8; },
       [](TensorMapRequest& r) { r.rows = 16; },
+      [](TensorMapRequest& r) { r.box_heads = 2; },
   });
   for (const auto change : changes) {
     TensorMapRequest other = request();

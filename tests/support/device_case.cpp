@@ -5,6 +5,7 @@
 #include <cmath>
 #include <exception>
 
+#include "generator/tile_space.h"
 #include "treeattn/error.h"
 
 namespace treeattn::testing {
@@ -73,10 +74,20 @@ GuardedBuffer forward_workspace() {
   return GuardedBuffer(std::vector<std::uint8_t>(kForwardWorkspaceBytes, kNanByte));
 }
 
-DeviceCase::DeviceCase(const RandomCase& p, bool backward, Stream stream)
+int most_packed(const RandomCase& p) {
+  return most_heads_per_pack_log2(p.heads / p.heads_kv);
+}
+
+DeviceCase::DeviceCase(const RandomCase& p, bool backward, Stream stream,
+                       std::optional<int> heads_per_pack_log2)
     : q(p.q), k(p.k), v(p.v), out(p.out), lse(static_cast<std::size_t>(p.heads) * p.total_q * 4) {
   const Shape shape = shape_of_case(p, backward);
   plan_ = gpu_engine().plan_for(p.total_q, p.total_k, p.batch(), {&shape, 1});
+  if (heads_per_pack_log2) {
+    const Problem problem = problem_for(Pass::kForward, shape, kernel_target(device_info(0)));
+    const TileConfig tile = default_tile(problem);
+    plan_.views[0] = {tile.block_m >> *heads_per_pack_log2, tile.view_block_n()};  // forward's
+  }
   plan_buffer_ = GuardedBuffer(plan_bytes(plan_));
   workspace = forward_workspace();
   build_plan(p, stream);

@@ -73,8 +73,10 @@ GuardedBuffer forward_workspace();
 /// A forward problem on the device, its plan built by the engine.
 class DeviceCase {
  public:
-  /// `shape` may ask for backward; `specs` name kernels in place of the defaults.
-  DeviceCase(const RandomCase& problem, bool backward, Stream stream = nullptr);
+  /// `heads_per_pack_log2`: query heads that share a forward tile's rows, whatever plan_for() would
+  /// make of it.
+  DeviceCase(const RandomCase& problem, bool backward, Stream stream = nullptr,
+             std::optional<int> heads_per_pack_log2 = std::nullopt);
 
   void build_plan(const RandomCase& problem, Stream stream = nullptr);
   /// Poisons out and lse with NaN, runs, and downloads into problem.out and lse.
@@ -95,6 +97,8 @@ class DeviceCase {
 };
 
 Shape shape_of_case(const RandomCase& problem, bool backward);
+/// Log2 of the most query heads that can share a tile's rows.
+int most_packed(const RandomCase& problem);
 
 /// Runs backward on the device from the case's out and lse; gradients are poisoned before.
 Gradients device_backward(BackwardCase& problem, bool deterministic, std::string_view spec = {});
