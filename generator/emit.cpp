@@ -62,6 +62,11 @@ std::string emit_backward_config(const KernelSpec& spec) {
                      backward_config(spec).bulk_dq ? ", /*bulk_dq=*/true" : ", /*bulk_dq=*/false");
 }
 
+std::string emit_backward_sm90_config(const KernelSpec& spec) {
+  return emit_config(backward_sm90_config(spec), "BackwardSm90Config", "BackwardSm90Params",
+                     sizeof(BackwardSm90Params), ", /*bulk_dq=*/true");
+}
+
 std::string emit_backward_dq_config(const KernelSpec& spec) {
   return emit_config(backward_dq_config(spec), "BackwardDqConfig", "BackwardParams",
                      sizeof(BackwardParams));
@@ -84,35 +89,65 @@ std::string accumulator_constraints(int count) {
 
 }  // namespace
 
+namespace {
+
+/// d = a b + (accumulate ? d : 0), a and b in shared memory.
+std::string emit_wgmma_shared(std::string_view name, int columns, std::string_view type,
+                              bool transpose_b) {
+  const int count = columns / 2;
+  return fmt::format(
+      R"(/// d = a b + (accumulate ? d : 0): 64 rows, {0} columns, 16 deep; a is K-major, b {7}-major, in shared memory.
+__device__ __forceinline__ void {1}(float (&d)[{2}], unsigned long long a, unsigned long long b,
+                                    int accumulate) {{
+  asm volatile(
+      "{{\n.reg .pred p;\nsetp.ne.b32 p, %{2}, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n{0}k16.f32.{3}.{3} {{{4}}}, %{5}, %{6}, p, 1, 1, 0, {8};\n}}\n"
+      : {9}
+      : "r"(accumulate), "l"(a), "l"(b));
+}}
+)",
+      columns, name, count, type, operand_list(0, count), count + 1, count + 2,
+      transpose_b ? "MN" : "K", transpose_b ? 1 : 0, accumulator_constraints(count));
+}
+
+/// d += a b, a in registers.
+std::string emit_wgmma_registers(std::string_view name, int columns, std::string_view type) {
+  const int count = columns / 2;
+  return fmt::format(
+      R"(/// d += a b: 64 rows, {0} columns, 16 deep; a in registers, b MN-major in shared memory.
+__device__ __forceinline__ void {1}(float (&d)[{2}], const unsigned (&a)[4],
+                                    unsigned long long b) {{
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n{0}k16.f32.{3}.{3} {{{4}}}, {{{5}}}, %{6}, 1, 1, 1, 1;\n"
+      : {7}
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}}
+)",
+      columns, name, count, type, operand_list(0, count), operand_list(count, 4), count + 4,
+      accumulator_constraints(count));
+}
+
+std::string in_namespace(const std::string& text) {
+  return "namespace treeattn {\n" + text + "}  // namespace treeattn\n";
+}
+
+}  // namespace
+
 std::string emit_wgmma(const KernelSpec& spec) {
   const ForwardSm90Config config = forward_sm90_config(spec);
   const std::string_view type = to_string(config.dtype);
-  const int scores = config.block_n / 2;
-  const int outputs = config.head_dim_v / 2;
-  return fmt::format(
-      R"(namespace treeattn {{
-/// d = a b + (accumulate ? d : 0): 64 rows, {0} columns, 16 deep; a and b are K-major in shared memory.
-__device__ __forceinline__ void wgmma_qk(float (&d)[{1}], unsigned long long a,
-                                         unsigned long long b, int accumulate) {{
-  asm volatile(
-      "{{\n.reg .pred p;\nsetp.ne.b32 p, %{2}, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n{0}k16.f32.{6}.{6} {{{7}}}, %{3}, %{4}, p, 1, 1, 0, 0;\n}}\n"
-      : {8}
-      : "r"(accumulate), "l"(a), "l"(b));
-}}
-/// d += a b: 64 rows, {9} columns, 16 deep; a in registers, b MN-major in shared memory.
-__device__ __forceinline__ void wgmma_pv(float (&d)[{10}], const unsigned (&a)[4],
-                                         unsigned long long b) {{
-  asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n{9}k16.f32.{6}.{6} {{{11}}}, {{{12}}}, %{13}, 1, 1, 1, 1;\n"
-      : {14}
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}}
-}}  // namespace treeattn
-)",
-      config.block_n, scores, scores, scores + 1, scores + 2, 0, type, operand_list(0, scores),
-      accumulator_constraints(scores), config.head_dim_v, outputs, operand_list(0, outputs),
-      operand_list(outputs, 4), outputs + 4, accumulator_constraints(outputs));
+  return in_namespace(emit_wgmma_shared("wgmma_qk", config.block_n, type, false) +
+                      emit_wgmma_registers("wgmma_pv", config.head_dim_v, type));
+}
+
+std::string emit_backward_wgmma(const KernelSpec& spec) {
+  const BackwardSm90Config config = backward_sm90_config(spec);
+  const std::string_view type = to_string(config.dtype);
+  return in_namespace(
+      emit_wgmma_shared("wgmma_scores", config.block_m, type, false) +
+      emit_wgmma_registers("wgmma_dv", config.head_dim_v, type) +
+      emit_wgmma_registers("wgmma_dk", config.head_dim, type) +
+      emit_wgmma_shared("wgmma_dq", BackwardSm90Config::kChunkDims, type, true));
 }
 
 std::string emit_mma(const KernelSpec& spec) {

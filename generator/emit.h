@@ -14,9 +14,11 @@ std::string emit_forward_config(const KernelSpec& spec);
 std::string emit_forward_sm90_config(const KernelSpec& spec);
 /// The same of a backward kernel.
 std::string emit_backward_config(const KernelSpec& spec);
+std::string emit_backward_sm90_config(const KernelSpec& spec);
 std::string emit_backward_dq_config(const KernelSpec& spec);
-/// The wgmma shapes of a forward kernel of the sm90 family.
+/// The wgmma shapes of a forward or a backward kernel of the sm90 family.
 std::string emit_wgmma(const KernelSpec& spec);
+std::string emit_backward_wgmma(const KernelSpec& spec);
 /// The MMA and conversion instructions of the spec's dtype.
 std::string emit_mma(const KernelSpec& spec);
 

@@ -71,9 +71,12 @@ GeneratedSource generate_forward_sm90(const KernelSpec& spec, Flattener& templat
 
 /// Entries in launch order: prepare, the main kernel, and the sums of what it accumulated.
 GeneratedSource generate_backward(const KernelSpec& spec, Flattener& templates) {
+  const bool sm90 = spec.problem.family == Family::kSm90;
   const BackwardConfig config = backward_config(spec);
+  const BackwardSm90Config sm90_config = backward_sm90_config(spec);
   const std::string name = entry_name(spec);
-  const KernelEntry main{name, config.threads(), config.smem_bytes()};
+  const KernelEntry main{name, sm90 ? sm90_config.threads() : config.threads(),
+                         sm90 ? sm90_config.smem_bytes() : config.smem_bytes()};
   const int blocks = blocks_per_sm(spec);
   GeneratedSource source{spec, {}, {}};
   source.text = emit_banner(
@@ -83,19 +86,23 @@ GeneratedSource generate_backward(const KernelSpec& spec, Flattener& templates) 
                   "on a multiprocessor.\n",
                   main.threads, main.smem_bytes, blocks));
   source.text += templates.flatten("shared/params.h");
-  source.text += "#line 1 \"emitted/config\"\n" + emit_backward_config(spec);
+  source.text += "#line 1 \"emitted/config\"\n" +
+                 (sm90 ? emit_backward_sm90_config(spec) : emit_backward_config(spec));
   source.text += "#line 1 \"emitted/mma\"\n" + emit_mma(spec);
+  if (sm90) source.text += "#line 1 \"emitted/wgmma\"\n" + emit_backward_wgmma(spec);
   source.text += templates.flatten("kernels/backward_prepare.cuh");
-  source.text += templates.flatten("kernels/backward_sm80.cuh");
+  source.text += templates.flatten(sm90 ? "kernels/backward_sm90.cuh" : "kernels/backward_sm80.cuh");
   source.text += templates.flatten("kernels/backward_sum.cuh");
   source.text += "#line 1 \"emitted/entries\"\n";
-  const auto add = [&source](const KernelEntry& entry, int min_blocks, std::string_view function) {
-    source.text += emit_entry(entry, min_blocks, "BackwardParams", function);
+  const auto add = [&source](const KernelEntry& entry, int min_blocks, std::string_view params,
+                             std::string_view function) {
+    source.text += emit_entry(entry, min_blocks, params, function);
     source.entries.push_back(entry);
   };
-  add({name + "_prepare", kElementwiseThreads, 0}, 1, "backward::prepare");
-  add(main, blocks, "backward_sm80");
-  add({name + "_sum", kElementwiseThreads, 0}, 1, "backward::sum");
+  add({name + "_prepare", kElementwiseThreads, 0}, 1, "BackwardParams", "backward::prepare");
+  add(main, blocks, sm90 ? "BackwardSm90Params" : "BackwardParams",
+      sm90 ? "backward_sm90" : "backward_sm80");
+  add({name + "_sum", kElementwiseThreads, 0}, 1, "BackwardParams", "backward::sum");
   return source;
 }
 

@@ -61,6 +61,10 @@ BackwardConfig backward_config(const KernelSpec& spec) {
           t.stages, t.warps,    p.softcap,    bulk_dq};
 }
 
+BackwardSm90Config backward_sm90_config(const KernelSpec& spec) {
+  return {backward_config(spec)};
+}
+
 BackwardDqConfig backward_dq_config(const KernelSpec& spec) {
   const Problem& p = spec.problem;
   const TileConfig& t = spec.tile;

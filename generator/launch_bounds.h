@@ -7,7 +7,9 @@ namespace treeattn {
 
 ForwardConfig forward_config(const KernelSpec& spec);
 ForwardSm90Config forward_sm90_config(const KernelSpec& spec);
+/// Of either family.
 BackwardConfig backward_config(const KernelSpec& spec);
+BackwardSm90Config backward_sm90_config(const KernelSpec& spec);
 BackwardDqConfig backward_dq_config(const KernelSpec& spec);
 
 /// f32 accumulator registers of a thread: O and S.

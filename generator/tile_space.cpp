@@ -124,6 +124,28 @@ bool refuse_backward(const Problem& problem, const TileConfig& tile, std::string
   return refuse_size(problem, backward_config({problem, tile}), why);
 }
 
+/// The only tile so far.
+constexpr TileConfig kBackwardSm90{64, 128, 2, 8};
+
+bool refuse_backward_sm90_problem(const Problem& problem, std::string* why) {
+  if (problem.head_dim <= 64 || problem.head_dim > 128 || problem.head_dim_v > 128) {
+    return refused(why,
+                   "head dims are {} and {}, expected 72 to 128 and up to 128 in the sm90 family's "
+                   "backward; the sm80 family has the others",
+                   problem.head_dim, problem.head_dim_v);
+  }
+  return problem.softcap &&
+         refused(why, "the sm90 family's backward has no softcap; the sm80 family has");
+}
+
+bool refuse_backward_sm90(const Problem& problem, const TileConfig& tile, std::string* why) {
+  if (tile != kBackwardSm90) {
+    return refused(why, "expected {}, the only tile of this family's backward",
+                   to_string(kBackwardSm90));
+  }
+  return refuse_smem(problem, backward_sm90_config({problem, tile}), why);
+}
+
 bool refuse_backward_dq(const Problem& problem, const TileConfig& tile, std::string* why) {
   if (tile.block_m != 16 * tile.warps) {
     return refused(why, "a warp would own {} rows, expected 16", tile.block_m / tile.warps);
@@ -136,7 +158,10 @@ bool refuse_tile(const Problem& problem, const TileConfig& tile, std::string* wh
   if (problem.pass == Pass::kPlan) {
     return tile != TileConfig{} && refused(why, "plan kernels have no tile");
   }
-  if (problem.family == Family::kSm90) return refuse_forward_sm90(problem, tile, why);
+  if (problem.family == Family::kSm90) {
+    return problem.pass == Pass::kBackward ? refuse_backward_sm90(problem, tile, why)
+                                           : refuse_forward_sm90(problem, tile, why);
+  }
   if (tile.box_n != 0) {
     return refused(why, "the sm80 family loads whole tiles: expected no box_n");
   }
@@ -158,6 +183,10 @@ bool refuse_tile(const Problem& problem, const TileConfig& tile, std::string* wh
 template <class Visit>
 void for_each_tile(const Problem& problem, Visit&& visit) {
   if (problem.pass == Pass::kPlan) return;
+  if (problem.family == Family::kSm90 && problem.pass == Pass::kBackward) {
+    visit(kBackwardSm90);
+    return;
+  }
   if (problem.family == Family::kSm90) {
     for (const std::uint16_t m : kSm90BlockM) {
       for (const std::uint16_t n : kSm90BlockN) {
@@ -233,7 +262,10 @@ std::span<const TileConfig> forward_sm90_preferences(const Problem& problem) {
 }
 
 std::span<const TileConfig> preferred_tiles(const Problem& problem) {
-  if (problem.family == Family::kSm90) return forward_sm90_preferences(problem);
+  if (problem.family == Family::kSm90) {
+    return problem.pass == Pass::kBackward ? std::span<const TileConfig>(&kBackwardSm90, 1)
+                                           : forward_sm90_preferences(problem);
+  }
   switch (problem.pass) {
     case Pass::kBackward:
       return backward_preferences(problem);
@@ -252,12 +284,18 @@ std::optional<std::string> refuse_problem(const Problem& problem) {
       return fmt::format("the sm90 family is compiled for {}, expected it instead of {}",
                          to_string(kSm90Target), to_string(problem.target));
     }
-    if (problem.pass != Pass::kForward) return "the sm90 family has forward kernels only";
+    if (problem.pass != Pass::kForward && problem.pass != Pass::kBackward) {
+      return "the sm90 family has forward and backward kernels only";
+    }
   }
   if (problem.pass == Pass::kPlan) return std::nullopt;
   std::string why;
   if (refuse_dim("head_dim", problem.head_dim, &why)) return why;
   if (refuse_dim("head_dim_v", problem.head_dim_v, &why)) return why;
+  if (problem.family == Family::kSm90 && problem.pass == Pass::kBackward &&
+      refuse_backward_sm90_problem(problem, &why)) {
+    return why;
+  }
   return std::nullopt;
 }
 

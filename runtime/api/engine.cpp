@@ -231,14 +231,34 @@ struct Engine::Impl {
     const KernelSpec spec = kernel_spec(Pass::kBackward, shape, args.spec);
     const BackwardLaunch work =
         make_backward_launch(args, plan, spec, device.sm_count, device.l2_bytes);
+    BackwardTensorMaps maps;
+    if (spec.problem.family == Family::kSm90) {
+      maps = backward_tensor_maps(args, plan, spec);
+      if (plan.total_q > 0 && !maps.fit()) {
+        throw Error(ErrorCode::kUnsupported, describe_misfit(maps),
+                    "copy the tensor, or name no kernel: one of the sm80 family is used then");
+      }
+    }
     const ContextScope scope(context);
     // Kernels are found before anything is launched: a miss must not leave half of the gradients.
     const LoadedKernel& kernel = kernel_for(spec, stream);
     const auto launch_all = [&] {
-      const std::array grids{work.prepare, work.main, work.sum};
-      for (std::size_t i = 0; i < grids.size(); ++i) {
-        launch(kernel, i, grids[i], &work.params, sizeof(work.params), stream);
+      launch(kernel, 0, work.prepare, &work.params, sizeof(work.params), stream);
+      if (spec.problem.family == Family::kSm90) {
+        const BackwardSm90Params main{tensor_maps.get(maps.q),
+                                      tensor_maps.get(maps.k),
+                                      tensor_maps.get(maps.v),
+                                      tensor_maps.get(maps.dout),
+                                      work.params,
+                                      maps.q.head_step(),
+                                      maps.k.head_step(),
+                                      maps.v.head_step(),
+                                      maps.dout.head_step()};
+        launch(kernel, 1, work.main, &main, sizeof(main), stream);
+      } else {
+        launch(kernel, 1, work.main, &work.params, sizeof(work.params), stream);
       }
+      launch(kernel, 2, work.sum, &work.params, sizeof(work.params), stream);
     };
     if (!args.deterministic) {
       launch_all();

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 
 #include "generator/launch_bounds.h"
 #include "treeattn/error.h"
@@ -124,6 +125,29 @@ Grid add_dq_launch(BackwardParams& params, const PlanShape& plan, const KernelSp
   if (plan.total_q == 0) return {};
   return {check_blocks(
       std::int64_t{tile_slots(plan.total_q, plan.batch, spec.tile.block_m)} * params.heads, spec)};
+}
+
+BackwardTensorMaps backward_tensor_maps(const BackwardArgs& args, const PlanShape& plan,
+                                        const KernelSpec& spec) {
+  const auto request = [&spec](const ConstTensor& tensor, int dims, int heads, std::int64_t tokens,
+                               int rows) {
+    return TensorMapRequest{tensor.data,         spec.problem.dtype, dims, heads, tokens,
+                            tensor.token_stride, tensor.head_stride, rows, 1};
+  };
+  const TileConfig& tile = spec.tile;
+  const int dim_v = value_head_dim(args.head_dim, args.head_dim_v);
+  return {request(args.q, args.head_dim, args.heads, plan.total_q, tile.block_m),
+          request(args.k, args.head_dim, args.heads_kv, plan.total_k, tile.block_n),
+          request(args.v, dim_v, args.heads_kv, plan.total_k, tile.block_n),
+          request(args.dout, dim_v, args.heads, plan.total_q, tile.block_m)};
+}
+
+std::string describe_misfit(const BackwardTensorMaps& maps) {
+  for (const auto& [name, map] :
+       {std::pair("q", &maps.q), {"k", &maps.k}, {"v", &maps.v}, {"dout", &maps.dout}}) {
+    if (!fits_tensor_map(*map)) return describe_misfit(name, *map);
+  }
+  return {};
 }
 
 BackwardLaunch make_backward_launch(const BackwardArgs& args, const PlanShape& plan,

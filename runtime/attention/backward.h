@@ -2,9 +2,12 @@
 // tested without a GPU. Throws as arguments.h says; nothing here allocates unless it throws.
 #pragma once
 
+#include <string>
+
 #include "generator/kernel_spec.h"
 #include "runtime/attention/arguments.h"
 #include "runtime/attention/plan.h"
+#include "runtime/cuda/tensor_map.h"
 #include "templates/shared/params.h"
 #include "treeattn/treeattn.h"
 
@@ -24,6 +27,19 @@ struct BackwardLaunch {
 };
 BackwardLaunch make_backward_launch(const BackwardArgs& args, const PlanShape& plan,
                                     const KernelSpec& spec, int sm_count, std::int64_t l2_bytes);
+
+/// What the main kernel of the sm90 family reads, as it reads it.
+struct BackwardTensorMaps {
+  TensorMapRequest q, k, v, dout;
+
+  bool fit() const {
+    return fits_tensor_map(q) && fits_tensor_map(k) && fits_tensor_map(v) && fits_tensor_map(dout);
+  }
+};
+BackwardTensorMaps backward_tensor_maps(const BackwardArgs& args, const PlanShape& plan,
+                                        const KernelSpec& spec);
+/// What is wrong with the strides, for an error; `maps` do not fit.
+std::string describe_misfit(const BackwardTensorMaps& maps);
 
 /// The kernel of its own that makes dq in deterministic mode: its grid, and what it reads of the
 /// plan, in `params`.

@@ -154,12 +154,7 @@ std::optional<KernelSpec> strided_spec(const Problem& problem, const PlanShape& 
 
 std::string describe_misfit(const ForwardTensorMaps& maps) {
   for (const auto& [name, map] : {std::pair("q", &maps.q), {"k", &maps.k}, {"v", &maps.v}}) {
-    if (fits_tensor_map(*map)) continue;
-    return fmt::format(
-        "{} has token stride {} and head stride {}, which kernels of the sm90 family cannot read: "
-        "expected a positive token stride and {} head stride",
-        name, map->token_stride, map->head_stride,
-        map->box_heads > 1 ? "a positive" : "no negative");
+    if (!fits_tensor_map(*map)) return describe_misfit(name, *map);
   }
   return {};
 }

@@ -34,6 +34,14 @@ bool fits_tensor_map(const TensorMapRequest& request) {
          request.box_heads <= mapped_heads(request);
 }
 
+std::string describe_misfit(std::string_view name, const TensorMapRequest& request) {
+  return fmt::format(
+      "{} has token stride {} and head stride {}, which kernels of the sm90 family cannot read: "
+      "expected a positive token stride and {} head stride",
+      name, request.token_stride, request.head_stride,
+      request.box_heads > 1 ? "a positive" : "no negative");
+}
+
 TensorMap encode_tensor_map(const TensorMapRequest& request) {
   static_assert(sizeof(TensorMap) == sizeof(CUtensorMap) &&
                 alignof(TensorMap) >= alignof(CUtensorMap));

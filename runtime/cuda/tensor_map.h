@@ -5,6 +5,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <mutex>
+#include <string>
+#include <string_view>
 
 #include "templates/shared/params.h"
 
@@ -33,6 +35,8 @@ struct TensorMapRequest {
 /// Whether a tensor map can hold the strides: positive, where there is more than one of something;
 /// heads may have none unless a box has several.
 bool fits_tensor_map(const TensorMapRequest& request);
+/// What is wrong with the strides of one that does not fit, for an error.
+std::string describe_misfit(std::string_view name, const TensorMapRequest& request);
 /// Encodes on the host, about a quarter of a microsecond; no device is touched. An empty tensor
 /// gets an all-zero map, which must not be read. Throws Error(kCudaError).
 TensorMap encode_tensor_map(const TensorMapRequest& request);

@@ -32,17 +32,14 @@
 
 #include "../device/softmax.cuh"
 #include "../device/tile_copy.cuh"
+#include "backward_work.cuh"
 
 namespace treeattn {
 namespace backward {
 
-inline constexpr int kM = kConfig.block_m;
-inline constexpr int kN = kConfig.block_n;
 inline constexpr int kThreads = kConfig.threads();
 inline constexpr int kStages = kConfig.stages;
-inline constexpr int kSide =
-    kConfig.warps / 2;                         ///< warps along the longer side of the grid of warps
-inline constexpr int kGroupKeys = kN / kSide;  ///< keys of a pair of warps
+inline constexpr int kSide = kGroups;  ///< warps along the longer side of the grid of warps
 inline constexpr int kDim = kConfig.padded_dim();
 inline constexpr int kDimV = kConfig.padded_dim_v();
 
@@ -396,69 +393,6 @@ __device__ __forceinline__ void store_scores(const float (&s)[kScoreRows][kScore
   }
 }
 
-/// What a block works on. It lies in shared memory and is read again where it is needed.
-struct Work {
-  int key0, keys;
-  int kv_head, unit;   ///< unit: -1 if the tile is this block's alone
-  int row0, row_last;  ///< rows that may see the keys: none if row_last is -1
-  int begin, end;      ///< steps of this block, over row tiles and then query heads
-
-  __device__ __forceinline__ void store(u32 smem) const {
-    st_shared_int4(smem + kConfig.work_offset(), Int4{key0, keys, kv_head, unit});
-    st_shared_int4(smem + kConfig.work_offset() + 16, Int4{row0, row_last, begin, end});
-  }
-  __device__ __forceinline__ static Work load(u32 smem) {
-    const Int4 a = ld_shared_int4(smem + kConfig.work_offset());
-    const Int4 b = ld_shared_int4(smem + kConfig.work_offset() + 16);
-    return Work{a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
-  }
-};
-
-/// The tile, share and kv head of this block; false if there is none.
-__device__ __forceinline__ bool find_unit(const BackwardParams& p, ScheduleUnit& unit, int& kv_head,
-                                          int& unit_index) {
-  const Int4 header = ld_plan_int4(p.schedule);
-  const int split = header.x;
-  const int units = header.y;
-  const int block = static_cast<int>(blockIdx.x);
-  if (block < units * p.heads_kv) {
-    unit_index = block / p.heads_kv;
-    kv_head = block - unit_index * p.heads_kv;
-    const Int4 u = ld_plan_int4(p.schedule + kScheduleHeaderInts + unit_index * kScheduleUnitInts);
-    unit = ScheduleUnit{u.x, u.y, u.z, 0};
-    return true;
-  }
-  const int tiles = p.plan[p.key_tile_count] - split;
-  const int rest = block - units * p.heads_kv;
-  if (rest >= tiles * p.heads_kv) return false;
-  const int per_group = tiles * header.z;
-  const int group = rest / per_group;
-  const int kv_heads = min(header.z, p.heads_kv - group * header.z);
-  const int in_group = rest - group * per_group;
-  unit = ScheduleUnit{split + in_group / kv_heads, 0, 1, 0};
-  kv_head = group * header.z + in_group % kv_heads;
-  unit_index = -1;
-  return true;
-}
-
-/// False if there is nothing for this block; `invalid` if the keys' sequence is.
-__device__ __forceinline__ bool assign(const BackwardParams& p, Work& work, bool& invalid) {
-  ScheduleUnit unit;
-  if (!find_unit(p, unit, work.kv_head, work.unit)) return false;
-  const Int4 order = ld_plan_int4(p.plan + p.key_order + 4LL * unit.tile);
-  const Int4 bounds = ld_plan_int4(p.plan + p.key_tiles + static_cast<i64>(order.x) * kKeyTileInts);
-  invalid = order.w < p.batch && p.plan[p.seq_fault + order.w] != 0;
-  work.key0 = order.y;
-  work.keys = order.z;
-  work.row0 = bounds.x;
-  work.row_last = invalid ? -1 : bounds.y;
-  const i64 steps =
-      bounds.y < 0 ? 0 : static_cast<i64>((bounds.y - bounds.x + kM) / kM) * p.heads_per_kv;
-  work.begin = static_cast<int>(unit.share * steps / unit.shares);
-  work.end = static_cast<int>((unit.share + 1) * steps / unit.shares);
-  return true;
-}
-
 __device__ __forceinline__ void load_step(const BackwardParams& p, u32 smem, int head, int row0,
                                           int rows, int stage) {
   load_rows<kThreads, kM, kConfig.head_dim / 8, kDim / 8>(
@@ -521,91 +455,6 @@ __device__ __forceinline__ void store_share(const float (&c)[kKeyRows][kPairs * 
       c, at.grad_key() + at.lane / 4, kN, min(kPairs, kPadded / 16 - pair0),
       [&](int i, int n, const Float4& v) { st_global_float4(to + i * kPadded + n * 16, v); });
 }
-
-/// Bounds of this warp's keys, made by the first warp of each pair; a barrier must follow. They lie
-/// in one sequence, so keys past its end count as empty.
-__device__ __forceinline__ void find_group_bounds(const BackwardParams& p, const Work& work,
-                                                  const Place& at) {
-  if (at.warp % 2 != 0) return;
-  KeyTile bounds{kIntMax, -1, -1, kIntMax};
-  for (int i = static_cast<int>(at.lane); i < kGroupKeys; i += 32) {
-    const int key = static_cast<int>(at.group()) * kGroupKeys + i;
-    const int len = key < work.keys ? p.plan[p.len + work.key0 + key] : 0;
-    if (len <= 0) {
-      bounds.max_first = kIntMax;
-      continue;
-    }
-    const int first = p.plan[p.first + work.key0 + key];
-    bounds.min_first = min(bounds.min_first, first);
-    bounds.max_first = max(bounds.max_first, first);
-    bounds.min_last = min(bounds.min_last, first + len - 1);
-    bounds.max_last = max(bounds.max_last, first + len - 1);
-  }
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) {
-    bounds.min_first = min(bounds.min_first, __shfl_xor_sync(kFullWarp, bounds.min_first, step));
-    bounds.max_first = max(bounds.max_first, __shfl_xor_sync(kFullWarp, bounds.max_first, step));
-    bounds.min_last = min(bounds.min_last, __shfl_xor_sync(kFullWarp, bounds.min_last, step));
-    bounds.max_last = max(bounds.max_last, __shfl_xor_sync(kFullWarp, bounds.max_last, step));
-  }
-  if (at.lane == 0) {
-    st_shared_int4(at.smem + kConfig.groups_offset() + at.group() * 16,
-                   Int4{bounds.min_first, bounds.max_last, bounds.max_first, bounds.min_last});
-  }
-}
-
-__device__ __forceinline__ KeyTile group_bounds(u32 smem, u32 group) {
-  const Int4 b = ld_shared_int4(smem + kConfig.groups_offset() + group * 16);
-  return KeyTile{b.x, b.y, b.z, b.w};
-}
-
-/// One bit for every group of keys that any of the rows sees.
-__device__ __forceinline__ u32 seen_groups(u32 smem, int first, int last) {
-  u32 seen = 0;
-#pragma unroll
-  for (u32 g = 0; g < kSide; ++g) {
-    if (!tile_skipped(group_bounds(smem, g), first, last)) seen |= 1u << g;
-  }
-  return seen;
-}
-
-/// What a step covers.
-struct Span {
-  int rows;
-  u32 seen;  ///< groups of keys that its rows see, a bit each
-
-  __device__ __forceinline__ Span(u32 smem, int row0) {
-    const int last = static_cast<int>(ld_shared_u32(smem + kConfig.work_offset() + 20));
-    rows = min(kM, last + 1 - row0);
-    seen = seen_groups(smem, row0, row0 + rows - 1);
-  }
-};
-
-/// The walk over the row tiles of one query head after the other.
-struct Walk {
-  int head, row0;
-  int left;  ///< steps to go, this one included
-
-  __device__ __forceinline__ Walk(const Work& work, int heads_per_kv) {
-    const int tiles = (work.row_last - work.row0 + kM) / kM;
-    const int head_in_group = work.begin / tiles;
-    head = work.kv_head * heads_per_kv + head_in_group;
-    row0 = work.row0 + (work.begin - head_in_group * tiles) * kM;
-    left = work.end - work.begin;
-  }
-  __device__ __forceinline__ bool next(u32 smem) {
-    const Int2 rows = ld_shared_int2(smem + kConfig.work_offset() + 16);
-    row0 += kM;
-    if (row0 > rows.y) {
-      row0 = rows.x;
-      ++head;
-    }
-    return --left > 0;
-  }
-  __device__ __forceinline__ int rows(u32 smem) const {
-    return min(kM, static_cast<int>(ld_shared_u32(smem + kConfig.work_offset() + 20)) + 1 - row0);
-  }
-};
 
 /// P and dS of one step, for the warp's rows and keys, into shared memory.
 __device__ __forceinline__ void score_step(const BackwardParams& p, const Place& at, u32 q,
@@ -779,7 +628,8 @@ __device__ __forceinline__ void run(const BackwardParams& p) {
   const bool seen = work.row_last >= 0 && work.begin < work.end;
   if (seen) {
     load_keys(p, work, smem);
-    find_group_bounds(p, work, Place(smem));
+    const Place at(smem);
+    if (at.warp % 2 == 0) find_group_bounds(p, work, smem, at.group(), at.lane);
   }
   __syncthreads();  // the work and the groups' bounds are stored
   if (seen) walk_rows(p, smem, Walk(work, p.heads_per_kv), dk, dv);

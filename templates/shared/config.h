@@ -187,6 +187,8 @@ struct BackwardConfig {
   bool bulk_dq;  ///< dq goes to its accumulator through shared memory and the bulk copy engine
 
   TREEATTN_HOST_DEVICE constexpr int threads() const { return warps * 32; }
+  /// Groups of keys, a pair of warps each.
+  TREEATTN_HOST_DEVICE constexpr int groups() const { return warps / 2; }
   TREEATTN_HOST_DEVICE constexpr int padded_dim() const { return (head_dim + 15) / 16 * 16; }
   TREEATTN_HOST_DEVICE constexpr int padded_dim_v() const { return (head_dim_v + 15) / 16 * 16; }
 
@@ -247,6 +249,66 @@ struct BackwardConfig {
     const long long threads = static_cast<long long>(total_q) * (padded_dim / 16);
     return (threads + kElementwiseThreads - 1) / kElementwiseThreads;
   }
+};
+
+/// Everything a backward kernel of the sm90 family is specialised on. Tiles lie in shared memory as
+/// in ForwardSm90Config. The accumulator of dq and the shares of dk and dv are those of
+/// BackwardConfig, whose kernels before and after the main one serve here too.
+struct BackwardSm90Config : BackwardConfig {
+  static constexpr int kChunkDims = 64;
+  static constexpr int kRowBytes = 128;
+
+  TREEATTN_HOST_DEVICE constexpr int warpgroups() const { return warps / 4; }
+  /// One more warpgroup loads, and sends dQ.
+  TREEATTN_HOST_DEVICE constexpr int threads() const { return warps * 32 + 128; }
+  /// A warpgroup owns 64 keys.
+  TREEATTN_HOST_DEVICE constexpr int groups() const { return warpgroups(); }
+  TREEATTN_HOST_DEVICE constexpr int chunks() const { return (head_dim + 63) / 64; }
+  TREEATTN_HOST_DEVICE constexpr int chunks_v() const { return (head_dim_v + 63) / 64; }
+
+  // Shared memory, in bytes, in this order.
+  TREEATTN_HOST_DEVICE constexpr int k_bytes() const { return block_n * chunks() * kRowBytes; }
+  TREEATTN_HOST_DEVICE constexpr int v_bytes() const { return block_n * chunks_v() * kRowBytes; }
+  TREEATTN_HOST_DEVICE constexpr int q_stage_bytes() const {
+    return block_m * chunks() * kRowBytes;
+  }
+  TREEATTN_HOST_DEVICE constexpr int do_stage_bytes() const {
+    return block_m * chunks_v() * kRowBytes;
+  }
+  /// dS of a step; of two steps, so that one barrier a step is enough.
+  TREEATTN_HOST_DEVICE constexpr int ds_stage_bytes() const { return block_m * block_n * 2; }
+  TREEATTN_HOST_DEVICE constexpr int v_offset() const { return k_bytes(); }
+  TREEATTN_HOST_DEVICE constexpr int q_offset() const { return v_offset() + v_bytes(); }
+  TREEATTN_HOST_DEVICE constexpr int do_offset() const {
+    return q_offset() + stages * q_stage_bytes();
+  }
+  TREEATTN_HOST_DEVICE constexpr int ds_offset() const {
+    return do_offset() + stages * do_stage_bytes();
+  }
+  /// dQ of one step in f32, on its way to the accumulator.
+  TREEATTN_HOST_DEVICE constexpr int dq_offset() const {
+    return ds_offset() + 2 * ds_stage_bytes();
+  }
+  TREEATTN_HOST_DEVICE constexpr int dq_bytes() const { return block_m * padded_dim() * 4; }
+  /// Per stage: lse[block_m] in the log2 domain, then delta[block_m], f32.
+  TREEATTN_HOST_DEVICE constexpr int stats_offset() const { return dq_offset() + dq_bytes(); }
+  TREEATTN_HOST_DEVICE constexpr int groups_offset() const {
+    return stats_offset() + stages * stats_stage_bytes();
+  }
+  TREEATTN_HOST_DEVICE constexpr int work_offset() const {
+    return groups_offset() + groups() * 16;
+  }
+  /// mbarriers: tail, K full, V full, dQ full, dQ empty, then Q full, Q empty, dO full and dO empty
+  /// per stage.
+  TREEATTN_HOST_DEVICE constexpr int barrier_offset() const { return work_offset() + 32; }
+  TREEATTN_HOST_DEVICE constexpr int barriers() const { return 5 + 4 * stages; }
+  TREEATTN_HOST_DEVICE constexpr int smem_bytes() const {
+    return barrier_offset() + barriers() * 8;
+  }
+
+  // Registers of a thread after the warpgroups have traded, as in ForwardSm90Config.
+  TREEATTN_HOST_DEVICE constexpr int producer_registers() const { return 24; }
+  TREEATTN_HOST_DEVICE constexpr int consumer_registers() const { return 240; }
 };
 
 /// Everything a kernel that owns rows of dq is specialised on. Rows are padded as in

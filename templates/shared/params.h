@@ -154,4 +154,11 @@ struct BackwardParams {
   float softcap_in;      ///< with softcap: softmax_scale / softcap
 };
 
+/// Parameters of the sm90 family's main backward kernel. The maps' dims are {head dim, head, token}.
+struct BackwardSm90Params {
+  TensorMap q, k, v, dout;
+  BackwardParams f;
+  int q_head_step, k_head_step, v_head_step, dout_head_step;  ///< 0: all heads are the map's one
+};
+
 }  // namespace treeattn

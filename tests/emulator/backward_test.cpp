@@ -49,11 +49,27 @@ Gradients run(const emulator::Kernel& kernel, const emulator::Kernel* dq_kernel,
   if (dq_kernel != nullptr) {
     dq_grid = add_dq_launch(dq_params, shape, parse_kernel_spec(dq_kernel->spec));
   }
-  const Grid grids[] = {work.prepare, work.main, work.sum};
-  for (std::size_t i = 0; i < 3; ++i) {
-    if (grids[i].x == 0) continue;
-    emulator::launch(kernel.entries[i], index_of(grids[i]), &work.params, order);
+  const auto launch = [&](std::size_t entry, const Grid& grid, const void* params) {
+    if (grid.x != 0) emulator::launch(kernel.entries[entry], index_of(grid), params, order);
+  };
+  launch(0, work.prepare, &work.params);
+  if (spec.problem.family == Family::kSm90) {
+    const BackwardTensorMaps maps = backward_tensor_maps(args, shape, spec);
+    EXPECT_TRUE(maps.fit());
+    const emulator::Tensor q = emulated_tensor(maps.q);
+    const emulator::Tensor k = emulated_tensor(maps.k);
+    const emulator::Tensor v = emulated_tensor(maps.v);
+    const emulator::Tensor dout = emulated_tensor(maps.dout);
+    const BackwardSm90Params params{emulated_map(q),       emulated_map(k),
+                                    emulated_map(v),       emulated_map(dout),
+                                    work.params,           maps.q.head_step(),
+                                    maps.k.head_step(),    maps.v.head_step(),
+                                    maps.dout.head_step()};
+    launch(1, work.main, &params);
+  } else {
+    launch(1, work.main, &work.params);
   }
+  launch(2, work.sum, &work.params);
   if (dq_kernel != nullptr && dq_grid.x != 0) {
     emulator::launch(dq_kernel->entries[0], index_of(dq_grid), &dq_params, order);
   }
@@ -64,9 +80,12 @@ Gradients run(const emulator::Kernel& kernel, const emulator::Kernel* dq_kernel,
 const emulator::Kernel* dq_kernel_for(const Problem& problem) {
   static const std::vector<emulator::Kernel> all = emulated_kernels(Pass::kBackwardDq);
   for (const emulator::Kernel& kernel : all) {
-    Problem owner = parse_kernel_spec(kernel.spec).problem;
-    owner.pass = problem.pass;
-    if (owner == problem) return &kernel;
+    const Problem owner = parse_kernel_spec(kernel.spec).problem;
+    if (owner.target.cc == problem.target.cc && owner.dtype == problem.dtype &&
+        owner.head_dim == problem.head_dim && owner.head_dim_v == problem.head_dim_v &&
+        owner.softcap == problem.softcap) {
+      return &kernel;
+    }
   }
   return nullptr;
 }

@@ -717,15 +717,19 @@ void ldmatrix(std::uint32_t* registers, int count, bool transposed, std::uint32_
   });
 }
 
-void stmatrix(std::uint32_t address, const std::uint32_t* registers) {
-  Matrices mine{const_cast<std::uint32_t*>(registers), 4, false, address};
+void stmatrix(std::uint32_t address, const std::uint32_t* registers, bool transposed) {
+  Matrices mine{const_cast<std::uint32_t*>(registers), 4, transposed, address};
   meet_warp(&mine, [](void* const* lanes) {
     for (int l = 0; l < kWarp; ++l) {
       const auto& lane = *static_cast<const Matrices*>(lanes[l]);
       for (int m = 0; m < lane.count; ++m) {
-        const std::uint32_t at = static_cast<const Matrices*>(lanes[m * 8 + l / 4])->address;
-        shared(at, 16);
-        store_shared(at + l % 4 * 4, lane.registers[m]);
+        for (int e = 0; e < 2; ++e) {
+          const int row = lane.transposed ? l % 4 * 2 + e : l / 4;
+          const int column = lane.transposed ? l / 4 : l % 4 * 2 + e;
+          const std::uint32_t at = static_cast<const Matrices*>(lanes[m * 8 + row])->address;
+          shared(at, 16);
+          store_shared(at + column * 2, static_cast<std::uint16_t>(lane.registers[m] >> 16 * e));
+        }
       }
     }
   });

@@ -163,7 +163,7 @@ std::uint32_t match(std::uint32_t value);
 std::uint32_t ballot(bool value);
 
 void ldmatrix(std::uint32_t* registers, int count, bool transposed, std::uint32_t address);
-void stmatrix(std::uint32_t address, const std::uint32_t* registers);
+void stmatrix(std::uint32_t address, const std::uint32_t* registers, bool transposed);
 /// d += a b of 16 x 8 x `depth` (16 or 8).
 void mma(float* d, const std::uint32_t* a, const std::uint32_t* b, int depth,
          float (*decode)(std::uint16_t));

@@ -5,11 +5,13 @@
 
 #include <cctype>
 #include <cstdint>
+#include <cstring>
 #include <ostream>
 #include <string>
 #include <vector>
 
 #include "generator/kernel_spec.h"
+#include "runtime/cuda/tensor_map.h"
 #include "tests/emulator/device.h"
 #include "tests/support/random_case.h"
 
@@ -49,6 +51,25 @@ inline std::string emulated_name(const ::testing::TestParamInfo<emulator::Kernel
     if (std::isalnum(static_cast<unsigned char>(c)) == 0) c = '_';
   }
   return name;
+}
+
+inline emulator::Tensor emulated_tensor(const TensorMapRequest& map) {
+  return {static_cast<const std::uint16_t*>(map.data),
+          map.dims,
+          map.head_step() == 0 ? 1 : map.heads,
+          map.tokens,
+          map.token_stride,
+          map.head_stride,
+          map.box_heads,
+          map.rows};
+}
+
+/// A map of a tensor that has to outlive it.
+inline TensorMap emulated_map(const emulator::Tensor& tensor) {
+  const emulator::Tensor* pointer = &tensor;
+  TensorMap map{};
+  std::memcpy(&map, &pointer, sizeof pointer);
+  return map;
 }
 
 /// Multiprocessors of the emulated device: few, so that each gets much to do.

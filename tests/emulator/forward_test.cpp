@@ -15,24 +15,6 @@
 namespace treeattn::testing {
 namespace {
 
-emulator::Tensor tensor_of(const TensorMapRequest& map) {
-  return {static_cast<const std::uint16_t*>(map.data),
-          map.dims,
-          map.head_step() == 0 ? 1 : map.heads,
-          map.tokens,
-          map.token_stride,
-          map.head_stride,
-          map.box_heads,
-          map.rows};
-}
-
-TensorMap map_of(const emulator::Tensor& tensor) {
-  const emulator::Tensor* pointer = &tensor;
-  TensorMap map{};
-  std::memcpy(&map, &pointer, sizeof pointer);
-  return map;
-}
-
 /// Runs the kernel and fills c.out and lse. The seed is of the order in which things happen.
 void run(const emulator::Kernel& kernel, RandomCase& c, std::vector<float>& lse,
          std::uint64_t order = 0, bool packed = false) {
@@ -62,16 +44,16 @@ void run(const emulator::Kernel& kernel, RandomCase& c, std::vector<float>& lse,
   }
   const ForwardTensorMaps maps = forward_tensor_maps(args, shape, spec);
   ASSERT_TRUE(maps.fit());
-  const emulator::Tensor q = tensor_of(maps.q);
-  const emulator::Tensor k = tensor_of(maps.k);
-  const emulator::Tensor k_granule = tensor_of(maps.k_granule);
-  const emulator::Tensor v = tensor_of(maps.v);
-  const emulator::Tensor v_granule = tensor_of(maps.v_granule);
-  const ForwardSm90Params params{map_of(q),
-                                 map_of(k),
-                                 map_of(k_granule),
-                                 map_of(v),
-                                 map_of(v_granule),
+  const emulator::Tensor q = emulated_tensor(maps.q);
+  const emulator::Tensor k = emulated_tensor(maps.k);
+  const emulator::Tensor k_granule = emulated_tensor(maps.k_granule);
+  const emulator::Tensor v = emulated_tensor(maps.v);
+  const emulator::Tensor v_granule = emulated_tensor(maps.v_granule);
+  const ForwardSm90Params params{emulated_map(q),
+                                 emulated_map(k),
+                                 emulated_map(k_granule),
+                                 emulated_map(v),
+                                 emulated_map(v_granule),
                                  work.params,
                                  plan_offsets(shape).granules,
                                  workspace.data(),

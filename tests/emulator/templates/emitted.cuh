@@ -33,4 +33,21 @@ void wgmma_pv(float (&d)[kSize], const unsigned (&a)[4], unsigned long long b) {
   emulator::wgmma({d, kSize * 2, a, 0, b, true, true, kDecode});
 }
 
+template <int kSize>
+void wgmma_scores(float (&d)[kSize], unsigned long long a, unsigned long long b, int accumulate) {
+  wgmma_qk(d, a, b, accumulate);
+}
+template <int kSize>
+void wgmma_dv(float (&d)[kSize], const unsigned (&a)[4], unsigned long long b) {
+  wgmma_pv(d, a, b);
+}
+template <int kSize>
+void wgmma_dk(float (&d)[kSize], const unsigned (&a)[4], unsigned long long b) {
+  wgmma_pv(d, a, b);
+}
+template <int kSize>
+void wgmma_dq(float (&d)[kSize], unsigned long long a, unsigned long long b, int accumulate) {
+  emulator::wgmma({d, kSize * 2, nullptr, a, b, accumulate != 0, true, kDecode});
+}
+
 }  // namespace treeattn

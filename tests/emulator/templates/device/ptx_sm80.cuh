@@ -112,7 +112,7 @@ inline constexpr bool kHasStmatrix = __CUDA_ARCH__ >= 900;
 
 __device__ __forceinline__ void stmatrix_x4(u32 address, u32 r0, u32 r1, u32 r2, u32 r3) {
   const u32 r[4] = {r0, r1, r2, r3};
-  emulator::stmatrix(address, r);
+  emulator::stmatrix(address, r, false);
 }
 
 __device__ __forceinline__ void fence_proxy_async() {}

@@ -5,6 +5,11 @@
 
 namespace treeattn {
 
+__device__ __forceinline__ void stmatrix_x4_trans(u32 address, u32 r0, u32 r1, u32 r2, u32 r3) {
+  const u32 r[4] = {r0, r1, r2, r3};
+  emulator::stmatrix(address, r, true);
+}
+
 __device__ __forceinline__ void mbarrier_init(u32 barrier, u32 arrivals) {
   emulator::mbarrier_init(barrier, arrivals);
 }
