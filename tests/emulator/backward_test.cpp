@@ -1,0 +1,119 @@
+// The backward kernels' own text, run on the CPU by the emulator, against the oracle.
+#include "runtime/attention/backward.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <vector>
+
+#include "runtime/attention/plan_cpu.h"
+#include "tests/emulator/emulated_case.h"
+#include "tests/support/oracle_backward.h"
+
+namespace treeattn::testing {
+namespace {
+
+emulator::Index index_of(const Grid& grid) {
+  return {grid.x, grid.y, grid.z};
+}
+
+/// Runs the kernels; with `dq_kernel`, in deterministic mode. `order` is the seed of the order in
+/// which things happen.
+Gradients run(const emulator::Kernel& kernel, const emulator::Kernel* dq_kernel, BackwardCase& c,
+              std::uint64_t order) {
+  RandomCase& p = c.forward;
+  const KernelSpec spec = parse_kernel_spec(kernel.spec);
+  std::vector<PlanView> views{{spec.tile.block_m, spec.tile.block_n}};
+  if (dq_kernel != nullptr) {
+    const TileConfig tile = parse_kernel_spec(dq_kernel->spec).tile;
+    views.push_back({tile.block_m, tile.block_n});
+  }
+  const PlanShape shape = p.plan_shape(views);
+  std::vector<int> plan(static_cast<std::size_t>(plan_offsets(shape).total_ints), -1);
+  build_plan_cpu(shape, p.plan_inputs(), plan.data());
+  for (HostTensor* tensor : {&c.dq, &c.dk, &c.dv}) tensor->fill(std::nan(""));
+  BackwardArgs args = c.backward_args();
+  args.deterministic = dq_kernel != nullptr;
+  const Plan header = to_plan(shape);
+  args.plan = &header;
+  args.plan_buffer = plan.data();
+  const std::size_t bytes = backward_workspace_bytes(shape, shape_of(args), spec,
+                                                     kEmulatedMultiprocessors, args.deterministic);
+  std::vector<float> workspace(bytes / sizeof(float) + 1, std::nanf(""));
+  args.workspace = workspace.data();
+  args.workspace_bytes = bytes;
+  const BackwardLaunch work =
+      make_backward_launch(args, shape, spec, kEmulatedMultiprocessors, kEmulatedL2Bytes);
+  BackwardParams dq_params = work.params;
+  Grid dq_grid;
+  if (dq_kernel != nullptr) {
+    dq_grid = add_dq_launch(dq_params, shape, parse_kernel_spec(dq_kernel->spec));
+  }
+  const Grid grids[] = {work.prepare, work.main, work.sum};
+  for (std::size_t i = 0; i < 3; ++i) {
+    if (grids[i].x == 0) continue;
+    emulator::launch(kernel.entries[i], index_of(grids[i]), &work.params, order);
+  }
+  if (dq_kernel != nullptr && dq_grid.x != 0) {
+    emulator::launch(dq_kernel->entries[0], index_of(dq_grid), &dq_params, order);
+  }
+  return {c.dq.to_doubles(), c.dk.to_doubles(), c.dv.to_doubles()};
+}
+
+/// A kernel that owns rows of dq for the same problem, if one was compiled for the emulator.
+const emulator::Kernel* dq_kernel_for(const Problem& problem) {
+  static const std::vector<emulator::Kernel> all = emulated_kernels(Pass::kBackwardDq);
+  for (const emulator::Kernel& kernel : all) {
+    Problem owner = parse_kernel_spec(kernel.spec).problem;
+    owner.pass = problem.pass;
+    if (owner == problem) return &kernel;
+  }
+  return nullptr;
+}
+
+class EmulatedBackward : public ::testing::TestWithParam<emulator::Kernel> {};
+
+TEST_P(EmulatedBackward, RandomCasesAgreeWithTheOracle) {
+  const Problem problem = parse_kernel_spec(GetParam().spec).problem;
+  const emulator::Kernel* const dq_kernel = dq_kernel_for(problem);
+  ASSERT_NE(dq_kernel, nullptr) << "its kernel for dq is not emulated";
+  for (std::uint64_t seed = 0; seed < 4; ++seed) {
+    BackwardCase c = backward_case(seed, emulated_cases(problem));
+    const Emulate emulation = c.forward.dtype == DType::kF16 ? Emulate::kF16 : Emulate::kBF16;
+    const OracleCase exact = c.forward.oracle();
+    c.set_forward(oracle_forward(exact, Emulate::kNothing, 1));
+    const std::vector<double> dout = c.dout.to_doubles();
+    const Gradients expected = oracle_backward(exact, dout, c.dlse_doubles(), Emulate::kNothing, 1);
+    const Gradients emulated = oracle_backward(exact, dout, c.dlse_doubles(), emulation, 1);
+    const double bar = emulation == Emulate::kF16 ? 1e-3 : 4e-3;
+    for (const emulator::Kernel* owner :
+         {static_cast<const emulator::Kernel*>(nullptr), dq_kernel}) {
+      Gradients actual;
+      ASSERT_NO_THROW(actual = run(GetParam(), owner, c, seed)) << c.forward.describe();
+      EXPECT_EQ(judge_gradients(c.forward, expected, emulated, actual, problem.softcap ? 0 : bar),
+                "")
+          << c.forward.describe();
+    }
+  }
+}
+
+TEST_P(EmulatedBackward, DeterministicGradientsDependOnNoOrder) {
+  const Problem problem = parse_kernel_spec(GetParam().spec).problem;
+  const emulator::Kernel* const dq_kernel = dq_kernel_for(problem);
+  ASSERT_NE(dq_kernel, nullptr) << "its kernel for dq is not emulated";
+  BackwardCase c = backward_case(7, emulated_cases(problem));
+  c.set_forward(oracle_forward(c.forward.oracle(), Emulate::kNothing, 1));
+  const Gradients first = run(GetParam(), dq_kernel, c, 0);
+  for (std::uint64_t order = 1; order < 5; ++order) {
+    const Gradients again = run(GetParam(), dq_kernel, c, order);
+    ASSERT_EQ(first.dq, again.dq) << order;
+    ASSERT_EQ(first.dk, again.dk) << order;
+    ASSERT_EQ(first.dv, again.dv) << order;
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Specs, EmulatedBackward,
+                         ::testing::ValuesIn(emulated_kernels(Pass::kBackward)), emulated_name);
+
+}  // namespace
+}  // namespace treeattn::testing

@@ -1,0 +1,156 @@
+// The forward kernels' own text, run on the CPU by the emulator, against the oracle.
+#include "runtime/attention/forward.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "generator/generate.h"
+#include "runtime/attention/plan_cpu.h"
+#include "tests/emulator/emulated_case.h"
+#include "tests/gpu/forward_bar.h"
+
+namespace treeattn::testing {
+namespace {
+
+emulator::Tensor tensor_of(const TensorMapRequest& map) {
+  return {static_cast<const std::uint16_t*>(map.data),
+          map.dims,
+          map.head_step() == 0 ? 1 : map.heads,
+          map.tokens,
+          map.token_stride,
+          map.head_stride,
+          map.box_heads,
+          map.rows};
+}
+
+TensorMap map_of(const emulator::Tensor& tensor) {
+  const emulator::Tensor* pointer = &tensor;
+  TensorMap map{};
+  std::memcpy(&map, &pointer, sizeof pointer);
+  return map;
+}
+
+/// Runs the kernel and fills c.out and lse. The seed is of the order in which things happen.
+void run(const emulator::Kernel& kernel, RandomCase& c, std::vector<float>& lse,
+         std::uint64_t order = 0, bool packed = false) {
+  const KernelSpec spec = parse_kernel_spec(kernel.spec);
+  const int heads_per_pack_log2 = packed ? most_heads_per_pack_log2(c.heads / c.heads_kv) : 0;
+  const PlanView view{spec.tile.block_m >> heads_per_pack_log2, spec.tile.view_block_n()};
+  const PlanShape shape = c.plan_shape({&view, 1});
+  std::vector<int> plan(static_cast<std::size_t>(plan_offsets(shape).total_ints), -1);
+  build_plan_cpu(shape, c.plan_inputs(), plan.data());
+  c.out.fill(std::nan(""));
+  lse.assign(static_cast<std::size_t>(c.heads) * c.total_q, std::nanf(""));
+  std::vector<unsigned long long> workspace(kForwardWorkspaceBytes / 8, ~0ULL);
+  ForwardArgs args = c.forward_args();
+  const Plan header = to_plan(shape);
+  args.plan = &header;
+  args.plan_buffer = plan.data();
+  args.lse = lse.data();
+  args.workspace = workspace.data();
+  args.workspace_bytes = kForwardWorkspaceBytes;
+  const ForwardLaunch work =
+      make_forward_launch(args, shape, spec, kEmulatedMultiprocessors, kEmulatedL2Bytes);
+  if (work.grid.x == 0) return;
+  const emulator::Index grid{work.grid.x, work.grid.y, work.grid.z};
+  if (spec.problem.family == Family::kSm80) {
+    emulator::launch(kernel.entries[0], grid, &work.params, order);
+    return;
+  }
+  const ForwardTensorMaps maps = forward_tensor_maps(args, shape, spec);
+  ASSERT_TRUE(maps.fit());
+  const emulator::Tensor q = tensor_of(maps.q);
+  const emulator::Tensor k = tensor_of(maps.k);
+  const emulator::Tensor k_granule = tensor_of(maps.k_granule);
+  const emulator::Tensor v = tensor_of(maps.v);
+  const emulator::Tensor v_granule = tensor_of(maps.v_granule);
+  const ForwardSm90Params params{map_of(q),
+                                 map_of(k),
+                                 map_of(k_granule),
+                                 map_of(v),
+                                 map_of(v_granule),
+                                 work.params,
+                                 plan_offsets(shape).granules,
+                                 workspace.data(),
+                                 1,
+                                 maps.q.head_step(),
+                                 maps.k.head_step(),
+                                 maps.v.head_step()};
+  emulator::launch(kernel.entries[0], grid, &params, order);
+  EXPECT_EQ(workspace[0], 0U) << "the counter is left for the next launch";
+}
+
+class EmulatedForward : public ::testing::TestWithParam<emulator::Kernel> {};
+
+TEST_P(EmulatedForward, RandomCasesAgreeWithTheOracle) {
+  const Problem problem = parse_kernel_spec(GetParam().spec).problem;
+  for (std::uint64_t seed = 0; seed < 8; ++seed) {
+    RandomCase c = random_case(seed, emulated_cases(problem));
+    const OracleResult expected = oracle_forward(c.oracle(), emulation_of(c.dtype), 1);
+    std::vector<float> lse;
+    ASSERT_NO_THROW(run(GetParam(), c, lse, seed)) << c.describe();
+    EXPECT_EQ(judge_forward(c, expected, c.out.to_doubles(), lse), "");
+  }
+}
+
+TEST_P(EmulatedForward, PackedHeadsAgreeWithTheOracle) {
+  const Problem problem = parse_kernel_spec(GetParam().spec).problem;
+  int cases = 0;
+  for (std::uint64_t seed = 200; cases < 8; ++seed) {
+    RandomCase c = random_case(seed, emulated_cases(problem));
+    if (most_heads_per_pack_log2(c.heads / c.heads_kv) == 0) continue;
+    ++cases;
+    const OracleResult expected = oracle_forward(c.oracle(), emulation_of(c.dtype), 1);
+    std::vector<float> lse;
+    ASSERT_NO_THROW(run(GetParam(), c, lse, seed, true)) << c.describe();
+    EXPECT_EQ(judge_forward(c, expected, c.out.to_doubles(), lse), "");
+  }
+}
+
+TEST_P(EmulatedForward, PackedHeadsSeeTheExactNumberOfKeys) {
+  const Problem problem = parse_kernel_spec(GetParam().spec).problem;
+  int cases = 0;
+  for (std::uint64_t seed = 300; cases < 4; ++seed) {
+    RandomCase c = random_case(seed, emulated_cases(problem));
+    if (most_heads_per_pack_log2(c.heads / c.heads_kv) == 0) continue;
+    ++cases;
+    apply_count_probe(c);
+    std::vector<float> lse;
+    ASSERT_NO_THROW(run(GetParam(), c, lse, seed, true)) << c.describe();
+    EXPECT_EQ(judge_count_probe(c, lse), "");
+  }
+}
+
+TEST_P(EmulatedForward, CountProbeGivesTheExactNumberOfVisibleKeys) {
+  const Problem problem = parse_kernel_spec(GetParam().spec).problem;
+  for (std::uint64_t seed = 100; seed < 103; ++seed) {
+    RandomCase c = random_case(seed, emulated_cases(problem));
+    apply_count_probe(c);
+    std::vector<float> lse;
+    ASSERT_NO_THROW(run(GetParam(), c, lse, seed)) << c.describe();
+    EXPECT_EQ(judge_count_probe(c, lse), "");
+  }
+}
+
+TEST_P(EmulatedForward, TheOrderOfEventsChangesNoBit) {
+  const Problem problem = parse_kernel_spec(GetParam().spec).problem;
+  RandomCase c = random_case(4, emulated_cases(problem));
+  std::vector<float> first_lse;
+  ASSERT_NO_THROW(run(GetParam(), c, first_lse)) << c.describe();
+  const std::vector<std::byte> first = bytes_of(c.out);
+  for (std::uint64_t order = 1; order < 8; ++order) {
+    std::vector<float> lse;
+    ASSERT_NO_THROW(run(GetParam(), c, lse, order)) << c.describe();
+    ASSERT_EQ(first, bytes_of(c.out)) << order;
+    ASSERT_EQ(std::memcmp(first_lse.data(), lse.data(), lse.size() * sizeof(float)), 0) << order;
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Specs, EmulatedForward,
+                         ::testing::ValuesIn(emulated_kernels(Pass::kForward)), emulated_name);
+
+}  // namespace
+}  // namespace treeattn::testing
