@@ -1,9 +1,8 @@
 // Forward, sm80 family: mma.sync, ldmatrix, cp.async.
 //
 // Work      one block = one query tile of the plan x one pack of 2^s query heads of one kv head; s
-//           comes with the call. Row r of the tile is its token r / 2^s and the pack's head r %
-//           2^s. Blocks are ordered heavy tiles first inside groups of heads whose K/V share the
-//           L2.
+//           comes with the call. Row r of the tile is its token r / 2^s, head r % 2^s of the pack.
+//           Blocks are ordered heavy tiles first inside groups of heads whose K/V share the L2.
 // Visits    the block tests the bounds of up to 2,048 key tiles at once, one thread a tile, and
 // keeps
 //           one bit each in shared memory; tiles nobody in the block sees are never loaded. Each
@@ -276,7 +275,8 @@ __device__ __forceinline__ void mask_scores(const ForwardParams& p, float (&s)[k
     for (int m = 0; m < kTilesM; ++m) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const int i = token + (m * 2 + r) * p.tokens_in_8_rows;
+        // Not tokens_in_8_rows: the compiler keeps that in a register, which some heads lack.
+        const int i = token + (m * 2 + r) * (8 >> p.heads_per_pack_log2);
         if (static_cast<u32>(i - first.x) >= static_cast<u32>(len.x))
           s[m][n][r * 2] = neg_infinity();
         if (static_cast<u32>(i - first.y) >= static_cast<u32>(len.y))

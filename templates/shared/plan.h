@@ -12,7 +12,8 @@ inline constexpr int kPlanMetaInts = 64;
 inline constexpr int kQueryTileInts = 8;
 inline constexpr int kKeyTileInts = 4;
 
-/// A view's block_m is a multiple of this: tiles have 32 rows or more, which up to eight heads share.
+/// A view's block_m is a multiple of this: tiles have 32 rows or more, which up to eight heads
+/// share.
 inline constexpr int kViewRowsStep = 4;
 
 /// One tile shape a plan holds tile lists for.

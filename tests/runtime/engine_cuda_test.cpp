@@ -184,8 +184,10 @@ TEST_F(CudaEngine, ForwardIsOneLaunchOnTheStream) {
   EXPECT_EQ(seen.config.hStream, stream());
   EXPECT_EQ(seen.context, driver_.context(0));
   EXPECT_EQ(seen.config.blockDimX, tile.warps * 32U);
-  EXPECT_EQ(seen.config.gridDimX % 4, 0U);
-  EXPECT_GE(seen.config.gridDimX, kTotal / tile.block_m * 4U);
+  const int packed = heads_per_pack_log2_for(shape(64));
+  EXPECT_EQ(seen.config.gridDimX % (4U >> packed), 0U);
+  EXPECT_GE(seen.config.gridDimX,
+            static_cast<unsigned>(kTotal / (tile.block_m >> packed) * (4 >> packed)));
   EXPECT_LE(static_cast<int>(seen.config.sharedMemBytes), driver_.smem_limit(seen.entry, 0));
   ForwardParams params{};
   std::memcpy(&params, seen.params.data(), sizeof params);
@@ -282,8 +284,9 @@ TEST_F(CudaEngine, OnePlanServesEveryHeadDim) {
   const Plan plan = engine.plan_for(kTotal, kTotal, 1, shapes);
   for (const Shape& each : shapes) {
     const TileConfig tile = spec(each.head_dim).tile;
-    EXPECT_GE(find_view(to_plan_shape(plan), tile.block_m, tile.view_block_n()), 0)
-        << each.head_dim;
+    const ForwardView view = forward_view(to_plan_shape(plan), tile, each.heads / each.heads_kv);
+    EXPECT_GE(view.view, 0) << each.head_dim;
+    EXPECT_EQ(view.heads_per_pack_log2, heads_per_pack_log2_for(each)) << each.head_dim;
   }
 }
 
@@ -340,11 +343,13 @@ TEST_F(CudaEngine, Sm90KernelsGetTensorMapsAndAPersistentGrid) {
   EXPECT_THAT(seen.entry, HasSubstr("fwd_sm90_bf16_d128v128"));
   EXPECT_EQ(seen.config.blockDimX, 384U);
   // Fewer items than multiprocessors: one block each.
-  EXPECT_EQ(seen.config.gridDimX, 4U * static_cast<unsigned>(tile_slots(kTotal, 1, 128)));
+  const int packed = heads_per_pack_log2_for(shape(kDim));
+  EXPECT_EQ(seen.config.gridDimX,
+            (4U >> packed) * static_cast<unsigned>(tile_slots(kTotal, 1, 128 >> packed)));
   const auto maps = driver_.tensor_maps();
   ASSERT_THAT(maps, SizeIs(5));  // of k and v two: a box of keys, and a granule
   EXPECT_THAT(maps[0].sizes, ElementsAre(kDim, 4, kTotal));
-  EXPECT_THAT(maps[0].box, ElementsAre(64, 1, 128));
+  EXPECT_THAT(maps[0].box, ElementsAre(64, 1 << packed, 128 >> packed));
   EXPECT_THAT(maps[1].sizes, ElementsAre(kDim, 2, kTotal));
   EXPECT_THAT(maps[1].box, ElementsAre(64, 1, 64));
   EXPECT_THAT(maps[2].box, ElementsAre(64, 1, kGranuleKeys));
@@ -494,8 +499,10 @@ TEST_F(CudaEngine, TheSm80FamilyWalksTheViewThatThePlanHolds) {
     engine.forward(a);
     return driver_.launches().back().entry;
   };
-  // Not the sm80 family's default there: that has 64 rows.
-  EXPECT_THAT(entry_for(256, false), HasSubstr("fwd_sm80_bf16_d256v256_m128n64"));
+  // Not the sm80 family's default there: that has 64 rows, as packed views have tokens.
+  const bool packed = heads_per_pack_log2_for(shape(256)) > 0;
+  EXPECT_THAT(entry_for(256, false), HasSubstr(packed ? "fwd_sm80_bf16_d256v256_m64n64"
+                                                      : "fwd_sm80_bf16_d256v256_m128n64"));
   // Backward's tile lists do as well.
   EXPECT_THAT(entry_for(64, true), HasSubstr("fwd_sm80_bf16_d64v64_m128n128"));
 }
@@ -512,7 +519,8 @@ TEST_F(CudaEngine, StridesThatNoKernelCanReadWithThisPlanAreNamed) {
     EXPECT_EQ(error.code(), ErrorCode::kUnsupported);
     EXPECT_THAT(error.what(), HasSubstr("v has token stride -128 and head stride 64"));
     EXPECT_THAT(error.what(), HasSubstr("expected a positive token stride"));
-    EXPECT_THAT(error.what(), HasSubstr("tile lists for 192x64 tiles"));
+    const int tokens = 192 >> heads_per_pack_log2_for(shape(64));
+    EXPECT_THAT(error.what(), HasSubstr("tile lists for " + std::to_string(tokens) + "x64 tiles"));
     EXPECT_THAT(error.hint(), HasSubstr("copy the tensor"));
     EXPECT_THAT(error.hint(), HasSubstr("TREEATTN_FAMILY=sm80"));
   }
