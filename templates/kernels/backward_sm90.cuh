@@ -199,7 +199,8 @@ struct Sender {
       mbarrier_wait(smem.dq_full(), parity);
       parity ^= 1;
       if (lane != 0) return;
-      float* dq = p.f.dq_accumulator + (static_cast<i64>(walk.head) * p.f.total_q + walk.row0) * kDim;
+      float* dq =
+          p.f.dq_accumulator + (static_cast<i64>(walk.head) * p.f.total_q + walk.row0) * kDim;
       bulk_red_add_f32(dq, smem.dq(), span.rows * kDim * 4);
       bulk_commit_group();
       bulk_wait_read();
@@ -275,21 +276,18 @@ struct Consumer {
     wgmma_commit_group();
   }
 
-  /// This warpgroup's chunk of dQ = dS K over the groups of keys that are `seen`, issued.
-  __device__ __forceinline__ void issue_dq(float (&dq)[32], u32 ds, u32 seen) const {
+  /// This warpgroup's chunk of dQ = dS K over all keys, issued. Leaving out those that no row of
+  /// the step sees takes a branch, across which ptxas finds no registers for MMAs under way: their
+  /// dS is zero instead.
+  __device__ __forceinline__ void issue_dq(float (&dq)[32], u32 ds) const {
     const u64 a = matrix_descriptor(ds, kMajorLayout);
-    const u64 b = matrix_descriptor(smem.k() + warpgroup * kN * kRowBytes,
-                                    matrix_layout(16, 8 * kRowBytes));
-    int accumulate = 0;
+    const u64 b = matrix_descriptor(smem.k() + warpgroup * kN * kRowBytes, kMajorLayout);
 #pragma unroll
-    for (int group = 0; group < kGroups; ++group) {
-      if ((seen >> group & 1) == 0) continue;
-#pragma unroll
-      for (int step = 0; step < 4; ++step) {
-        wgmma_dq(dq, a + ((group * kM * kRowBytes + step * 32) >> 4),
-                 b + (((group * 64 + step * 16) * kRowBytes) >> 4), accumulate);
-        accumulate = 1;
-      }
+    for (int step = 0; step < kN / 16; ++step) {
+      const int chunk = step / 4;
+      const int within = step % 4 * 32;
+      wgmma_dq(dq, a + ((chunk * kM * kRowBytes + within) >> 4), b + ((step * 16 * kRowBytes) >> 4),
+               step != 0);
     }
     wgmma_commit_group();
   }
@@ -390,6 +388,7 @@ struct Consumer {
     wgmma_fence();
     issue_scores<kStepsQk>(s, smem.k(), smem.q(stage));
     mbarrier_wait(smem.do_full(stage), ring.parity);
+    wgmma_fence();
     issue_scores<kStepsV>(dp, smem.v(), smem.dout(stage));
     wgmma_wait_group<1>(s);
     const bool full = tile_full(group_bounds(smem.base, warpgroup), row0, row0 + rows - 1);
@@ -435,26 +434,31 @@ struct Consumer {
           named_barrier_sync(1, 256);
           float dq[32];
           wgmma_fence();
-          issue_dq(dq, smem.ds(ds_stage), span.seen);
+          issue_dq(dq, smem.ds(ds_stage));
           issue_dk(dk, gradients, stage);
           wgmma_wait_group<1>(dq);
+          pin(dv);
+          keep(probabilities);
           put_dq(dq);
         } else {
           wgmma_fence();
           issue_dk(dk, gradients, stage);
+          wgmma_wait_group<1>(dv);
+          keep(probabilities);
         }
         wgmma_wait_group<0>(dk);
-        pin(dv);
-        keep(probabilities);
         keep(gradients);
       } else {
         mbarrier_wait(smem.q_full(stage), ring.parity);
         mbarrier_wait(smem.do_full(stage), ring.parity);
         if constexpr (kDq) {
+          const u32 zeros[kStepsRows][4] = {};
+          store_ds(zeros, smem.ds(ds_stage));
+          fence_proxy_async();
           named_barrier_sync(1, 256);
           float dq[32];
           wgmma_fence();
-          issue_dq(dq, smem.ds(ds_stage), span.seen);
+          issue_dq(dq, smem.ds(ds_stage));
           wgmma_wait_group<0>(dq);
           put_dq(dq);
         }

@@ -295,9 +295,7 @@ struct BackwardSm90Config : BackwardConfig {
   TREEATTN_HOST_DEVICE constexpr int groups_offset() const {
     return stats_offset() + stages * stats_stage_bytes();
   }
-  TREEATTN_HOST_DEVICE constexpr int work_offset() const {
-    return groups_offset() + groups() * 16;
-  }
+  TREEATTN_HOST_DEVICE constexpr int work_offset() const { return groups_offset() + groups() * 16; }
   /// mbarriers: tail, K full, V full, dQ full, dQ empty, then Q full, Q empty, dO full and dO empty
   /// per stage.
   TREEATTN_HOST_DEVICE constexpr int barrier_offset() const { return work_offset() + 32; }

@@ -154,7 +154,8 @@ struct BackwardParams {
   float softcap_in;      ///< with softcap: softmax_scale / softcap
 };
 
-/// Parameters of the sm90 family's main backward kernel. The maps' dims are {head dim, head, token}.
+/// Parameters of the sm90 family's main backward kernel. The maps' dims are {head dim, head,
+/// token}.
 struct BackwardSm90Params {
   TensorMap q, k, v, dout;
   BackwardParams f;

@@ -60,11 +60,9 @@ Gradients run(const emulator::Kernel& kernel, const emulator::Kernel* dq_kernel,
     const emulator::Tensor k = emulated_tensor(maps.k);
     const emulator::Tensor v = emulated_tensor(maps.v);
     const emulator::Tensor dout = emulated_tensor(maps.dout);
-    const BackwardSm90Params params{emulated_map(q),       emulated_map(k),
-                                    emulated_map(v),       emulated_map(dout),
-                                    work.params,           maps.q.head_step(),
-                                    maps.k.head_step(),    maps.v.head_step(),
-                                    maps.dout.head_step()};
+    const BackwardSm90Params params{emulated_map(q),    emulated_map(k),    emulated_map(v),
+                                    emulated_map(dout), work.params,        maps.q.head_step(),
+                                    maps.k.head_step(), maps.v.head_step(), maps.dout.head_step()};
     launch(1, work.main, &params);
   } else {
     launch(1, work.main, &work.params);

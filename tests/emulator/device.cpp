@@ -95,7 +95,8 @@ struct Block {
   Thread* current = nullptr;  ///< null: the scheduler runs
   std::string error;
   treeattn::SplitMix64 rng{0};
-  int laziness = 1;  ///< what need not happen yet happens once in so many opportunities
+  std::vector<int> slowness;  ///< a warp gets on once in so many rounds
+  int laziness = 1;           ///< what need not happen yet happens once in so many opportunities
 };
 
 Block* block = nullptr;
@@ -228,7 +229,7 @@ void run_block() {
                 order[static_cast<std::size_t>(b.rng.below(static_cast<std::int64_t>(i)))]);
     }
     for (const int warp : order) {
-      const bool held_up = chance(4);
+      const bool held_up = !chance(b.slowness[static_cast<std::size_t>(warp)]);
       for (int lane = 0; lane < kWarp; ++lane) {
         Thread& thread = b.threads[static_cast<std::size_t>(warp) * kWarp + lane];
         all_done = all_done && thread.done;
@@ -385,6 +386,11 @@ void launch(const Entry& kernel, Index grid, const void* params, std::uint64_t s
     b.index = {i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y};
     b.shared.assign(kernel.smem_bytes, 0xff);
     b.warps.assign(kernel.threads / kWarp, {});
+    b.slowness.clear();
+    for (unsigned warp = 0; warp < kernel.threads / kWarp; ++warp) {
+      constexpr int kSlowness[] = {1, 2, 2, 50};
+      b.slowness.push_back(kSlowness[b.rng.below(std::size(kSlowness))]);
+    }
     b.warpgroups.assign(kernel.threads / kWarpgroup + 1, {});
     b.barriers = {};
     b.mbarriers.clear();
