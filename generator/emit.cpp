@@ -143,11 +143,10 @@ std::string emit_wgmma(const KernelSpec& spec) {
 std::string emit_backward_wgmma(const KernelSpec& spec) {
   const BackwardSm90Config config = backward_sm90_config(spec);
   const std::string_view type = to_string(config.dtype);
-  return in_namespace(
-      emit_wgmma_shared("wgmma_scores", config.block_m, type, false) +
-      emit_wgmma_registers("wgmma_dv", config.head_dim_v, type) +
-      emit_wgmma_registers("wgmma_dk", config.head_dim, type) +
-      emit_wgmma_shared("wgmma_dq", BackwardSm90Config::kChunkDims, type, true));
+  return in_namespace(emit_wgmma_shared("wgmma_scores", config.block_m, type, false) +
+                      emit_wgmma_registers("wgmma_dv", config.head_dim_v, type) +
+                      emit_wgmma_registers("wgmma_dk", config.head_dim, type) +
+                      emit_wgmma_shared("wgmma_dq", BackwardSm90Config::kChunkDims, type, true));
 }
 
 std::string emit_mma(const KernelSpec& spec) {

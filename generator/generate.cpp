@@ -91,7 +91,8 @@ GeneratedSource generate_backward(const KernelSpec& spec, Flattener& templates) 
   source.text += "#line 1 \"emitted/mma\"\n" + emit_mma(spec);
   if (sm90) source.text += "#line 1 \"emitted/wgmma\"\n" + emit_backward_wgmma(spec);
   source.text += templates.flatten("kernels/backward_prepare.cuh");
-  source.text += templates.flatten(sm90 ? "kernels/backward_sm90.cuh" : "kernels/backward_sm80.cuh");
+  source.text +=
+      templates.flatten(sm90 ? "kernels/backward_sm90.cuh" : "kernels/backward_sm80.cuh");
   source.text += templates.flatten("kernels/backward_sum.cuh");
   source.text += "#line 1 \"emitted/entries\"\n";
   const auto add = [&source](const KernelEntry& entry, int min_blocks, std::string_view params,

@@ -83,8 +83,8 @@ int read_ptxas_log(std::string_view log, std::vector<EntryFacts>& entries) {
 std::string_view find_performance_warning(std::string_view log) {
   while (!log.empty()) {
     const std::string_view line = take_line(log);
-    for (const std::string_view code : {"C7508", "C7510"}) {
-      if (line.find(code) != std::string_view::npos) return line;
+    for (const std::string_view sign : {"C7508", "Potential Performance Loss"}) {
+      if (line.find(sign) != std::string_view::npos) return line;
     }
   }
   return {};

@@ -12,8 +12,9 @@ namespace treeattn {
 /// others keep their values. Returns how many entries it named.
 int read_ptxas_log(std::string_view log, std::vector<EntryFacts>& entries);
 
-/// The line where ptxas says that it serialised wgmma (C7510) or ignored setmaxnreg (C7508): the
-/// kernel would run, at a fraction of its speed. Empty if there is none.
+/// The line where ptxas says that it serialised wgmma (C7510, C7512 and others, by their cause) or
+/// ignored setmaxnreg (C7508): the kernel would run, at a fraction of its speed. Empty if there is
+/// none.
 std::string_view find_performance_warning(std::string_view log);
 
 }  // namespace treeattn

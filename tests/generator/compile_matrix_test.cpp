@@ -87,6 +87,26 @@ INSTANTIATE_TEST_SUITE_P(Targets, CompileMatrixSlow,
 INSTANTIATE_TEST_SUITE_P(Sm90Family, CompileMatrixSlow,
                          ::testing::Values(PassAndTarget{Pass::kForward, "sm_90a"}), point_name);
 
+// The sm90 family's backward, which is nobody's default: every head dim that it has.
+TEST(CompileSlow, Sm90BackwardCompilesWithoutSpills) {
+  if (!has_nvrtc()) GTEST_SKIP() << "no NVRTC on this machine";
+  std::vector<KernelSpec> specs;
+  for (const KernelSpec& usual : default_specs(Pass::kBackward, parse_target("sm_90"))) {
+    Problem problem = usual.problem;
+    problem.family = Family::kSm90;
+    problem.target = kSm90Target;
+    if (!refuse_problem(problem)) specs.push_back(default_spec(problem));
+  }
+  ASSERT_GE(specs.size(), 16U);
+  for (const Compiled& compiled : compile_all(specs)) {
+    const std::string text = to_string(compiled.spec);
+    ASSERT_TRUE(compiled.result.artifact) << text << ": " << compiled.result.failure;
+    for (const EntryFacts& facts : compiled.result.artifact->entries) {
+      EXPECT_EQ(facts.spill_bytes, 0) << text << " " << facts.name;
+    }
+  }
+}
+
 // What runs in place of the sm90 family's defaults where strides rule them out.
 TEST(CompileSlow, KernelsForOtherStridesCompileWithoutSpills) {
   if (!has_nvrtc()) GTEST_SKIP() << "no NVRTC on this machine";

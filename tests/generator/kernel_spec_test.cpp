@@ -84,7 +84,10 @@ TEST(KernelSpec, RefusalsNameThePart) {
   EXPECT_THAT(refusal("forward/sm80@sm_90"), HasSubstr("'forward' is not a pass"));
   EXPECT_THAT(refusal("fwd"), HasSubstr("family and target"));
   EXPECT_THAT(refusal("fwd/sm90@sm_90/bf16/d64v64"), HasSubstr("compiled for sm_90a"));
-  EXPECT_THAT(refusal("bwd/sm90@sm_90a/bf16/d64v64"), HasSubstr("forward kernels only"));
+  EXPECT_THAT(refusal("bwd_dq/sm90@sm_90a/bf16/d128v128"), HasSubstr("forward and backward"));
+  EXPECT_THAT(refusal("bwd/sm90@sm_90a/bf16/d64v64"), HasSubstr("expected 72 to 128"));
+  EXPECT_THAT(refusal("bwd/sm90@sm_90a/bf16/d128v136"), HasSubstr("128 and 136"));
+  EXPECT_THAT(refusal("bwd/sm90@sm_90a/bf16/d128v128/softcap"), HasSubstr("no softcap"));
   EXPECT_THAT(refusal("fwd/sm70@sm_90/bf16/d64v64"), HasSubstr("'sm70@sm_90'"));
   EXPECT_THAT(refusal("fwd/sm80/bf16/d64v64"), HasSubstr("'sm80'"));
   EXPECT_THAT(refusal("fwd/sm90@sm_90a/bf16/d64v64/m192n128s2w12b0"), HasSubstr("b0'"));

@@ -52,6 +52,7 @@ INSTANTIATE_TEST_SUITE_P(EveryKernelFile, NvccSlow,
                                            "fwd/sm90@sm_90a/bf16/d64v64",
                                            "bwd/sm80@sm_80/bf16/d64v64",
                                            "bwd/sm80@sm_90/f16/d64v64/softcap",
+                                           "bwd/sm90@sm_90a/bf16/d128v128",
                                            "bwd_dq/sm80@sm_80/bf16/d64v64"));
 
 }  // namespace

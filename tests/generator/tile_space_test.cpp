@@ -100,6 +100,27 @@ TEST(TileSpace, Sm90TilesAreRefusedWithTheReason) {
   EXPECT_GT(legal, 5);
 }
 
+TEST(TileSpace, BackwardOfTheSm90FamilyHasOneTileForSomeHeadDims) {
+  for (int head_dim = 16; head_dim <= 256; head_dim += 8) {
+    for (int head_dim_v = 16; head_dim_v <= 256; head_dim_v += 8) {
+      Problem p = sm90_problem(head_dim, head_dim_v);
+      p.pass = Pass::kBackward;
+      const bool has = head_dim > 64 && head_dim <= 128 && head_dim_v <= 128;
+      ASSERT_EQ(!refuse_problem(p), has) << to_string(p);
+      if (!has) continue;
+      EXPECT_EQ(reason(p, default_tile(p)), "") << to_string(p);
+      const BackwardSm90Config config = backward_sm90_config(default_spec(p));
+      EXPECT_LE(config.smem_bytes(), 227 * 1024);
+      EXPECT_EQ(config.ds_offset() % 1024, 0) << "the swizzle's period";
+      EXPECT_EQ(config.barrier_offset() % 8, 0);
+    }
+  }
+  Problem p = sm90_problem(128, 128);
+  p.pass = Pass::kBackward;
+  EXPECT_THAT(reason(p, {128, 128, 2, 8}), HasSubstr("expected m64n128s2w8"));
+  EXPECT_EQ(tile_candidates(p).size(), 1U);
+}
+
 TEST(TileSpace, DefaultsFitTheirTarget) {
   for (const ArchLimits& arch : known_targets()) {
     for (const KernelSpec& spec : default_specs(Pass::kForward, arch.target)) {

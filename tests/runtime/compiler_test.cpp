@@ -153,7 +153,7 @@ TEST_F(CompilerTest, AnUnwritableDumpFolderIsAWarning) {
 
 TEST_F(CompilerTest, SlowCodeIsAFailure) {
   FakeNvrtc fake;
-  for (const char* code : {"C7508", "C7510"}) {
+  for (const char* code : {"C7508", "C7510", "C7512"}) {
     fake.extra_log = std::string("ptxas info : (") + code + ") Potential Performance Loss: wgmma\n";
     const CompileResult result = compile(fake_source(fake_spec()));
     EXPECT_TRUE(result.performance_warning);
