@@ -3,7 +3,7 @@
 # NVRTC into .venv where no CUDA toolkit is found. Does nothing when nothing is missing.
 #   scripts/setup.sh [--lint] [--python]
 #     --lint: clang-format and clang-tidy too
-#     --python: torch, transformers and pytest in .venv-python, 5 GB, for the tests of the Python package
+#     --python: torch, transformers, PEFT and pytest in .venv-python, 5 GB, for the tests of the Python package
 #   TREEATTN_SETUP_IGNORE_SYSTEM_CUDA=1   use the wheels even where there is a toolkit
 set -euo pipefail
 # shellcheck source=scripts/common.sh
@@ -88,7 +88,7 @@ if [ "$lint" = 1 ] && ! clang-format --version 2>/dev/null | grep -q "version ${
 fi
 
 # Pinned to what the tests were written against; .venv stays small for those who do not test the package.
-python_packages=(torch==2.11.0 transformers==5.24.0 accelerate==1.15.0 numpy pytest)
+python_packages=(torch==2.11.0 transformers==5.24.0 accelerate==1.15.0 peft==0.21.2 numpy pytest)
 if [ "$python" = 1 ] && [ "$(cat .venv-python/treeattn-packages 2>/dev/null)" != "${python_packages[*]}" ]; then
   say "fetching ${python_packages[*]} into .venv-python"
   [ -x .venv-python/bin/pip ] || /usr/bin/python3 -m venv --clear .venv-python

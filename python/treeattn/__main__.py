@@ -14,7 +14,7 @@ def main() -> None:
     if not program.exists():
         sys.exit(
             "error: this package was installed without the command line; install it again with "
-            "pip install . -C cmake.define.TREEATTN_BUILD_CLI=ON"
+            "pip install . --config-settings=cmake.define.TREEATTN_BUILD_CLI=ON"
         )
     _native.name_nvrtc()
     os.execv(program, [str(program), *sys.argv[1:]])

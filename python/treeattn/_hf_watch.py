@@ -179,24 +179,36 @@ def _depths(cu_q, cu_k, a, b, lowering) -> torch.Tensor:
     return (steps.cumsum(0)[:-1] - 1).clamp(min=0)
 
 
-def _position_ids(args, kwargs):
-    plan = kwargs.get("tree_plan")
+def _position_ids(name: str, args, kwargs) -> torch.Tensor:
+    """The depths of a tree, in the shape of the tokens that a model was given."""
+    depths = _depths_of_tree(kwargs)
     tokens = _first(kwargs, "input_ids", "inputs_embeds")
     if tokens is None and args:
         tokens = args[0]
-    shape = (1, -1) if tokens is None else tuple(tokens.shape[:2])
+    if tokens is None:
+        return depths.reshape(1, -1)
+    rows, columns = tokens.shape[:2]
+    if depths.numel() != rows * columns:
+        raise InvalidArgument(
+            f"the tree has {depths.numel()} query tokens and {name} got {rows} x {columns}; "
+            "expected as many. Virtual tokens of prompt tuning are in no tree: use an adapter "
+            "that adds none, such as LoRA"
+        )
+    return depths.reshape(rows, columns)
+
+
+def _depths_of_tree(kwargs) -> torch.Tensor:
+    plan = kwargs.get("tree_plan")
     if plan is not None:
         known = getattr(plan, "position_ids", None)
         if known is not None:
-            return known.reshape(shape)
+            return known
         if plan.total_q != plan.total_k or plan._a is None:
             raise InvalidArgument(
                 "position_ids are missing; expected the depth of each token, which follows from "
                 "the plan only where it is a tree or intervals with as many queries as keys"
             )
-        return _depths(
-            plan.cu_seqlens_q, plan.cu_seqlens_k, plan._a, plan._b, plan.lowering
-        ).reshape(shape)
+        return _depths(plan.cu_seqlens_q, plan.cu_seqlens_k, plan._a, plan._b, plan.lowering)
     start, end = kwargs.get("tree_dfs_order_start_q"), kwargs.get("tree_dfs_order_end_k")
     if start is None or end is None or start.numel() != end.numel():
         raise InvalidArgument(
@@ -208,7 +220,7 @@ def _position_ids(args, kwargs):
         rows, columns = start.shape if start.dim() == 2 else (1, start.numel())
         cu = torch.arange(rows + 1, device=start.device) * columns
     cu = cu.reshape(-1)
-    return _depths(cu, cu, start.reshape(-1), end.reshape(-1), _native.LOWER_TREE).reshape(shape)
+    return _depths(cu, cu, start.reshape(-1), end.reshape(-1), _native.LOWER_TREE)
 
 
 def _given(model, args, kwargs, name: str) -> bool:
@@ -257,7 +269,7 @@ def call(model, args, kwargs, module_call):
     _check_arguments(model, args, kwargs)
     _refuse_config(name, config)
     if not _given(model, args, kwargs, "position_ids"):
-        kwargs = {**kwargs, "position_ids": _position_ids(args, kwargs)}
+        kwargs = {**kwargs, "position_ids": _position_ids(name, args, kwargs)}
     if torch.compiler.is_compiling():
         return _running_call(model, args, kwargs, module_call)
     attention = _refuse_mixers_and_watch_attention(model)

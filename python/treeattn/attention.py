@@ -37,9 +37,12 @@ class Plan:
         self._captured: tuple[int, dict[tuple, _engine.Lists]] = (0, {})
         self._moved: dict[torch.device, Plan] = {}
 
-    def to(self, device) -> Plan:
+    def to(self, device=None, non_blocking: bool = False) -> Plan:
         """This plan, or where it is on another device a copy, which is kept: layers of a model
-        that is spread over devices ask again and again."""
+        that is spread over devices ask again and again. As for tensors, None is no device to go
+        to; copies always block, for they are kept."""
+        if device is None:
+            return self
         device = torch.device(device)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())

@@ -121,7 +121,8 @@ def _check_sizes(module, plan, batch, rows, keys) -> None:
         raise Unsupported(
             f"{layer_name(module)} has {keys} keys and {rows} queries: a tree was given and the KV "
             "cache is not empty, or is larger than the batch. Expected an empty cache: pass "
-            "use_cache=False, or a plan whose keys are the cached tokens and the new ones"
+            "use_cache=False (virtual tokens of prefix tuning are cached tokens, too), or a plan "
+            "whose keys are the cached tokens and the new ones"
         )
     raise InvalidArgument(
         f"the tree has {plan.total_q} query and {plan.total_k} key tokens, and "

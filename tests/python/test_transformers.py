@@ -695,6 +695,12 @@ def test_trees_that_do_not_fit_are_refused(arguments, kind, text):
         make()(tokens(TREE.tokens), position_ids=TREE.positions(), **arguments)
 
 
+def test_a_tree_of_other_tokens_is_refused_where_positions_are_left_out():
+    text = "8 query tokens and LlamaForCausalLM got 1 x 20"
+    with pytest.raises(treeattn.InvalidArgument, match=text):
+        make()(tokens(TREE.tokens), tree_plan=Tree(SECOND).plan())
+
+
 def test_padding_free_rows_of_a_batch_are_refused():
     cu = torch.tensor([0, 4, 12], dtype=torch.int32)
     with pytest.raises(treeattn.Unsupported, match="a batch of 2"):
@@ -804,6 +810,55 @@ def test_trainer(form, tmp_path):
     for name in wanted:
         torch.testing.assert_close(got[name].cpu(), wanted[name], msg=lambda m: f"{name}: {m}")
     assert any(not torch.equal(before[name], got[name].cpu()) for name in before)
+
+
+EVERY_PART = ("model.embed_tokens", "model.rotary_emb", "model.layers", "model.norm", "lm_head")
+
+
+@pytest.mark.parametrize("form", ["plan", "arrays"])
+@pytest.mark.parametrize("places", ["whole", "parts", "disk", "cpu_offload"])
+def test_hooks_of_a_device_map_pass_the_tree_on(places, form, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    ids = tokens(TREE.tokens)
+    wanted_logits, wanted = train(make(), ids, TREE, form)
+    model = make()
+    if places == "cpu_offload":
+        model = accelerate.cpu_offload(model, torch.device("cpu"))
+    else:
+        device_map = {"": "cpu"} if places == "whole" else dict.fromkeys(EVERY_PART, "cpu")
+        if places == "disk":
+            del device_map["model.layers"]
+            device_map |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
+        model = accelerate.dispatch_model(
+            model, device_map, main_device="cpu", offload_dir=tmp_path, force_hooks=True
+        )
+    assert hasattr(model, "_hf_hook")
+    if places in ("whole", "parts"):
+        logits, got = train(model, ids, TREE, form)
+        assert_same(got, wanted)
+    else:  # weights that come and go have no gradients
+        logits = model(ids, **how_to_give(form, TREE, "cpu")).logits[0]
+    torch.testing.assert_close(logits, wanted_logits)
+
+
+@pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}, "disk"])
+def test_from_pretrained_with_a_device_map(device_map, tmp_path):
+    pytest.importorskip("accelerate")
+    if device_map == "disk":
+        device_map = dict.fromkeys(EVERY_PART, "cpu") | {"model.layers": "disk"}
+    make().save_pretrained(tmp_path / "model")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "offload",
+        attn_implementation="tree_attn",
+    )  # fmt: skip
+    ids = tokens(TREE.tokens)
+    wanted = make()(ids, tree_plan=TREE.plan()).logits
+    torch.testing.assert_close(model(ids, tree_plan=TREE.plan()).logits, wanted)
+
+
+def test_plans_move_as_tensors_do():
+    plan = TREE.plan()
+    assert plan.to(None) is plan is plan.to("cpu", non_blocking=True)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
