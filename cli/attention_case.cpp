@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstring>
@@ -58,7 +59,8 @@ Plan header_for(const Engine& engine, const AttentionCase& problem, const RunOpt
   const TileConfig tile = parse_kernel_spec(options.spec).tile;
   // A plan for forward alone holds the one view that is used, so that making it costs no more.
   if (!options.backward) plan.num_views = 0;
-  plan.views[plan.num_views++] = {tile.block_m, tile.view_block_n()};
+  const int rows = tile.block_m / std::max(options.heads_per_pack, 1);
+  plan.views[plan.num_views++] = {rows, tile.view_block_n()};
   return plan;
 }
 

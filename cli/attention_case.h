@@ -54,6 +54,7 @@ struct RunOptions {
   std::string spec = {};  ///< kernel to use in place of the default; empty: the default
   bool backward = false;  ///< gradients too
   bool deterministic = false;
+  int heads_per_pack = 0;  ///< with a forward spec: query heads that share a tile's rows; 0: one
 };
 
 /// A case on an engine: tensors where the engine wants them, a plan, one pass at a time.

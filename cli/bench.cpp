@@ -22,6 +22,7 @@
 #include "generator/arch.h"
 #include "generator/tile_space.h"
 #include "runtime/attention/arguments.h"
+#include "runtime/attention/forward.h"
 #include "runtime/attention/workload.h"
 #include "runtime/cuda/device_memory.h"
 #include "treeattn/error.h"
@@ -42,6 +43,7 @@ struct BenchOptions {
   int heads_kv = 0;
   double softcap = 0;
   std::vector<std::string> specs;
+  std::string heads_per_pack;
   int warmup = 5;
   int reps = 0;
   bool cold_l2 = false;
@@ -148,6 +150,7 @@ struct Item {
   CaseShape shape;
   std::string spec;  ///< empty: the default kernel
   Pass pass = Pass::kForward;
+  int heads_per_pack = 0;  ///< 0: as plan_for() has it
 
   bool backward() const { return pass == Pass::kBackward; }
 };
@@ -158,6 +161,16 @@ std::string kernel_of(const Session& session, const Item& item) {
   const Shape shape{item.shape.dtype,         item.shape.heads,           item.shape.heads_kv,
                     item.shape.dims.head_dim, item.shape.dims.head_dim_v, item.shape.softcap > 0};
   return to_string(default_spec(problem_for(item.pass, shape, kernel_target(session.device()))));
+}
+
+/// Query heads that share the rows of the forward kernel's tiles.
+int heads_per_pack(const Item& item) {
+  if (item.heads_per_pack > 0) return item.heads_per_pack;
+  if (!item.spec.empty()) return 1;
+  Shape shape;
+  shape.heads = item.shape.heads;
+  shape.heads_kv = item.shape.heads_kv;
+  return 1 << heads_per_pack_log2_for(shape);
 }
 
 /// Multiply-adds of the pairs that the mask allows, counted as two each: two products forward, five
@@ -183,7 +196,10 @@ Measurement measure(Session& session, const Item& item, const BenchOptions& opti
   result.kernels = session.engine().prepare({&shape, 1});
   Stopwatch watch(session, options);
   const Stream stream = watch.stream();
-  CaseRun run(session.engine(), problem, {item.spec, item.backward(), options.deterministic});
+  RunOptions how{item.spec, item.backward(), options.deterministic, item.heads_per_pack};
+  // The plan is made by hand, for a kernel that is named.
+  if (how.heads_per_pack > 0) how.spec = kernel_of(session, item);
+  CaseRun run(session.engine(), problem, how);
   run.build_plan(stream);
   run.require_valid_plan(stream);
   run.forward(stream);
@@ -211,6 +227,7 @@ Json item_json(const Session& session, const Item& item, const Measurement& foun
   json["spec"] = session.gpu() ? Json(kernel_of(session, item)) : Json(nullptr);
   json["pass"] = item.backward() ? "bwd" : "fwd";
   if (item.backward()) json["deterministic"] = options.deterministic;
+  if (session.gpu() && !item.backward()) json["heads_per_pack"] = heads_per_pack(item);
   json["workload"] = item.work.name;
   json["tokens"] = item.work.tokens();
   json["unshared_tokens"] = item.work.unshared_tokens();
@@ -316,6 +333,30 @@ std::vector<Pass> parse_passes(const std::string& text) {
   return passes;
 }
 
+/// One item for each of --pack-heads.
+void add_packs(const BenchOptions& options, std::vector<Item>& items) {
+  if (options.heads_per_pack.empty()) return;
+  std::vector<Item> packed;
+  for (const Item& item : items) {
+    if (item.backward()) throw UsageError("--pack-heads is about forward: it needs --pass fwd");
+    const int most = 1 << most_heads_per_pack_log2(item.shape.heads / item.shape.heads_kv);
+    for (const std::string& text : split_list("--pack-heads", options.heads_per_pack)) {
+      Item one = item;
+      for (int count = 1; count <= most; count *= 2) {
+        if (text == std::to_string(count)) one.heads_per_pack = count;
+      }
+      if (one.heads_per_pack == 0) {
+        throw UsageError(
+            fmt::format("--pack-heads: '{}' is not a power of two from 1 to {}, which {} "
+                        "query heads to {} kv heads allow",
+                        text, most, item.shape.heads, item.shape.heads_kv));
+      }
+      packed.push_back(std::move(one));
+    }
+  }
+  items = std::move(packed);
+}
+
 std::vector<Item> list_items(const BenchOptions& options, bool cpu) {
   std::vector<std::string> texts = options.workloads;
   if (texts.empty()) {
@@ -349,6 +390,7 @@ std::vector<Item> list_items(const BenchOptions& options, bool cpu) {
   if (options.deterministic && std::none_of(items.begin(), items.end(), is_backward)) {
     throw UsageError("--deterministic is about gradients: it needs --pass bwd");
   }
+  add_packs(options, items);
   return items;
 }
 
@@ -362,6 +404,10 @@ int run_bench(BenchOptions options) {
   if (!session.gpu() && !options.specs.empty()) {
     throw UsageError(fmt::format("--spec: '{}' is a GPU kernel, but --device is {}",
                                  options.specs.front(), options.device));
+  }
+  if (!session.gpu() && !options.heads_per_pack.empty()) {
+    throw UsageError(
+        fmt::format("--pack-heads is about GPU kernels, but --device is {}", options.device));
   }
   const Table table = make_table();
   if (!options.json) {
@@ -421,6 +467,10 @@ void add_bench(CLI::App& app, Action& action) {
       ->add_option("--spec", options->specs, "This kernel in place of the default; may be repeated")
       ->type_name("SPEC")
       ->allow_extra_args(false);
+  command
+      ->add_option("--pack-heads", options->heads_per_pack,
+                   "Query heads of a kv head that share a forward tile's rows: 1,8")
+      ->type_name("LIST");
   command->add_option("--warmup", options->warmup, "Calls before timing; default 5")
       ->type_name("N")
       ->check(whole_number(1, 100'000));

@@ -32,6 +32,20 @@ TEST(CliBench, BackwardIsTimedByItsOwnFlops) {
   EXPECT_TRUE(contains(bad.err, "'back' is not fwd or bwd")) << bad.err;
 }
 
+TEST(CliBench, PacksThatTheHeadsDoNotAllowAreRefused) {
+  const auto refusal = [](std::vector<std::string> arguments) {
+    arguments.insert(arguments.begin(), {"bench", "--device", "cpu", "--pack-heads"});
+    arguments.push_back("chain:8");
+    const CliResult result = Cli().run(arguments);
+    EXPECT_EQ(result.status, 2) << result.err;
+    return result.err;
+  };
+  EXPECT_TRUE(contains(refusal({"1,3", "--heads", "8", "--heads-kv", "1"}), "'3' is not a power"));
+  EXPECT_TRUE(contains(refusal({"4", "--heads", "6", "--heads-kv", "1"}), "from 1 to 2"));
+  EXPECT_TRUE(contains(refusal({"2", "--pass", "bwd"}), "needs --pass fwd"));
+  EXPECT_TRUE(contains(refusal({"2"}), "about GPU kernels, but --device is cpu"));
+}
+
 TEST(CliBench, JsonLinesSayEverythingThatANumberNeeds) {
   const CliResult result =
       Cli().run({"bench", "--device", "cpu", "--reps", "3", "--warmup", "1", "--head-dim", "16,32",

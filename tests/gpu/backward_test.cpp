@@ -1,11 +1,15 @@
 // Backward on the GPU against the oracle, by the whole bar of the semantics.
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <string>
 #include <vector>
 
+#include "generator/arch.h"
+#include "runtime/cuda/device.h"
 #include "tests/support/device_case.h"
 
 namespace treeattn::testing {
@@ -62,6 +66,37 @@ TEST_F(Backward, ThreeHundredCasesAgreeWithTheOracle) {
         judge_gradients(cases[n].forward, expected[n].exact, expected[n].emulated, actual, rel_l2),
         "")
         << cases[n].forward.describe();
+  }
+}
+
+// The sm90 family's backward by name, over every head dim that it has.
+TEST_F(Backward, OfTheSm90FamilyAgreesWithTheOracle) {
+  if (kernel_target(device_info(0), FamilyChoice::kAuto) != kSm90Target) {
+    GTEST_SKIP() << "the sm90 family runs on compute capability 9.0";
+  }
+  for (int n = 0; n < 64; ++n) {
+    RandomCaseOptions options = gpu_cases();
+    options.head_dim = 72 + n % 8 * 8;
+    if (n % 3 != 0) options.head_dim_v = options.head_dim;
+    if (n % 3 == 0) options.head_dim_v = 16 + n % 15 * 8;
+    options.softcap = false;
+    BackwardCase c = backward_case(static_cast<std::uint64_t>(5000 + n), options);
+    const OracleCase problem = c.forward.oracle();
+    c.set_forward(oracle_forward(problem));
+    const std::vector<double> dout = c.dout.to_doubles();
+    const Gradients exact = oracle_backward(problem, dout, c.dlse_doubles());
+    const Gradients emulated =
+        oracle_backward(problem, dout, c.dlse_doubles(), emulation_of(c.forward.dtype));
+    const std::string spec =
+        fmt::format("bwd/sm90@sm_90a/{}/d{}v{}", c.forward.dtype == DType::kF16 ? "f16" : "bf16",
+                    c.forward.head_dim, c.forward.head_dim_v);
+    for (const bool deterministic : {false, true}) {
+      const Gradients actual = device_backward(c, deterministic, spec);
+      EXPECT_EQ(judge_gradients(c.forward, exact, emulated, actual,
+                                c.forward.dtype == DType::kF16 ? 1e-3 : 4e-3),
+                "")
+          << spec << " " << c.forward.describe();
+    }
   }
 }
 

@@ -230,6 +230,28 @@ TEST_F(CudaEngine, DeterministicBackwardEndsWithTheKernelOfDq) {
   EXPECT_NE(launches[2].params, launches[1].params) << "it walks its own tiles";
 }
 
+TEST_F(CudaEngine, ANamedBackwardOfTheSm90FamilyReadsThroughTensorMaps) {
+  Engine engine;
+  const Plan plan = backward_plan(engine, 128);
+  driver_.launch_params_bytes = sizeof(BackwardParams);
+  BackwardArgs a = backward_args(plan, 128, false);
+  a.spec = "bwd/sm90@sm_90a/bf16/d128v128";
+  engine.backward(a, stream());
+  const auto launches = driver_.launches();
+  ASSERT_THAT(launches, SizeIs(3));
+  EXPECT_THAT(launches[1].entry, HasSubstr("bwd_sm90_bf16_d128v128_m64n128s2w8"));
+  EXPECT_EQ(launches[1].config.blockDimX, 384U);
+  EXPECT_EQ(launches[0].params, launches[2].params);
+  EXPECT_NE(launches[0].params, launches[1].params) << "maps come first";
+
+  a.k.token_stride = 0;
+  EXPECT_THAT(refusal([&] { engine.backward(a); }), HasSubstr("k has token stride 0"));
+  EXPECT_THAT(driver_.launches(), SizeIs(3)) << "refused before anything is launched";
+  a.spec = {};
+  engine.backward(a);
+  EXPECT_THAT(driver_.launches().back().entry, HasSubstr("bwd_sm80"));
+}
+
 TEST_F(CudaEngine, NoQueriesMeansNoLaunch) {
   Engine engine;
   const Shape one = shape(64);

@@ -167,7 +167,8 @@ Gradients device_backward(BackwardCase& c, bool deterministic, std::string_view 
   GuardedBuffer dk(c.dk);
   GuardedBuffer dv(c.dv);
   const Shape shape = shape_of_case(p, true);
-  const std::size_t bytes = gpu_engine().backward_workspace_bytes(on.plan(), shape, deterministic);
+  const std::size_t bytes =
+      gpu_engine().backward_workspace_bytes(on.plan(), shape, deterministic, spec);
   const std::vector<std::uint8_t> poison(bytes, kNanByte);
   GuardedBuffer workspace(poison);
   BackwardArgs args = c.backward_args();
