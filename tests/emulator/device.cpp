@@ -297,7 +297,7 @@ void execute_mma(std::size_t warpgroup) {
   Thread* const threads = block->threads.data() + warpgroup * kWarpgroup;
   const WarpgroupMma& first = threads[0].mmas.front().second;
   const int columns = first.columns;
-  std::vector<float> a(64 * kDepth);
+  std::vector<float> a(std::size_t{64} * kDepth);
   std::vector<float> b(static_cast<std::size_t>(columns) * kDepth);
   const auto number = [&](std::uint32_t address) {
     return first.decode(load_shared<std::uint16_t>(swizzled(address)));
@@ -747,12 +747,12 @@ void mma(float* d, const std::uint32_t* a, const std::uint32_t* b, int depth,
   meet_warp(&mine, [](void* const* lanes) {
     float left[16][16];
     float right[8][16];
-    const int steps = static_cast<const Product*>(lanes[0])->depth / 8;
+    const auto steps = static_cast<std::size_t>(static_cast<const Product*>(lanes[0])->depth / 8);
     for (int l = 0; l < kWarp; ++l) {
       const auto& lane = *static_cast<const Product*>(lanes[l]);
-      for (int step = 0; step < steps; ++step) {
-        for (int e = 0; e < 2; ++e) {
-          const int k = step * 8 + l % 4 * 2 + e;
+      for (std::size_t step = 0; step < steps; ++step) {
+        for (std::size_t e = 0; e < 2; ++e) {
+          const std::size_t k = step * 8 + static_cast<std::size_t>(l % 4) * 2 + e;
           const auto half = [&](std::uint32_t pair) {
             return lane.decode(static_cast<std::uint16_t>(pair >> 16 * e));
           };
