@@ -238,7 +238,7 @@ void run_block() {
         if (held_up) continue;
         thread.wait = {};
         to_thread(thread);
-        if (!b.error.empty()) throw std::runtime_error(b.error);
+        if (!b.error.empty()) throw std::runtime_error(std::exchange(b.error, {}));
       }
     }
     if (all_done) break;
@@ -249,7 +249,7 @@ void run_block() {
     } else {
       throw std::runtime_error(describe_deadlock());
     }
-    if (!b.error.empty()) throw std::runtime_error(b.error);
+    if (!b.error.empty()) throw std::runtime_error(std::exchange(b.error, {}));
   }
   if (!b.engine.empty()) throw std::runtime_error("the block ended while copies were under way");
 }
@@ -395,7 +395,6 @@ void launch(const Entry& kernel, Index grid, const void* params, std::uint64_t s
     b.barriers = {};
     b.mbarriers.clear();
     b.engine.clear();
-    b.error.clear();
     for (unsigned t = 0; t < kernel.threads; ++t) {
       Thread& thread = b.threads[t];
       thread.index = {t, 0, 0};
@@ -431,12 +430,13 @@ const Index& block_size() {
   return block->size;
 }
 
-void fail(const std::string& what) {
+void fail(std::string what) {
   const Thread* thread = block->current;
   if (thread == nullptr) throw std::runtime_error(what + " (by the copy engine)");
-  // The scheduler throws it: an exception does not cross stacks.
-  block->error = what + " (block " + std::to_string(block->index.x) + ", thread " +
-                 std::to_string(thread->index.x) + ")";
+  // The scheduler throws it: an exception does not cross stacks. Nothing on this one is destroyed.
+  what += " (block " + std::to_string(block->index.x) + ", thread ";
+  what += std::to_string(thread->index.x) + ")";
+  block->error = std::move(what);
   while (true) to_scheduler(false);
 }
 

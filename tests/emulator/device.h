@@ -65,7 +65,7 @@ const Index& block_size();
 // --- for the PTX wrappers
 
 /// Reports a misuse and stops the launch.
-[[noreturn]] void fail(const std::string& what);
+[[noreturn]] void fail(std::string what);
 
 /// Bytes of shared memory, checked.
 unsigned char* shared(std::uint32_t address, std::uint32_t bytes);

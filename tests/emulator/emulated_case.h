@@ -72,6 +72,15 @@ inline TensorMap emulated_map(const emulator::Tensor& tensor) {
   return map;
 }
 
+/// How many of `count` random cases there is time for: AddressSanitizer takes ten times as long.
+constexpr std::uint64_t emulated_count(std::uint64_t count) {
+#if defined(__SANITIZE_ADDRESS__)
+  return (count + 3) / 4;
+#else
+  return count;
+#endif
+}
+
 /// Multiprocessors of the emulated device: few, so that each gets much to do.
 inline constexpr int kEmulatedMultiprocessors = 3;
 inline constexpr std::int64_t kEmulatedL2Bytes = std::int64_t{1} << 20;

@@ -69,7 +69,7 @@ class EmulatedForward : public ::testing::TestWithParam<emulator::Kernel> {};
 
 TEST_P(EmulatedForward, RandomCasesAgreeWithTheOracle) {
   const Problem problem = parse_kernel_spec(GetParam().spec).problem;
-  for (std::uint64_t seed = 0; seed < 8; ++seed) {
+  for (std::uint64_t seed = 0; seed < emulated_count(8); ++seed) {
     RandomCase c = random_case(seed, emulated_cases(problem));
     const OracleResult expected = oracle_forward(c.oracle(), emulation_of(c.dtype), 1);
     std::vector<float> lse;
@@ -80,8 +80,8 @@ TEST_P(EmulatedForward, RandomCasesAgreeWithTheOracle) {
 
 TEST_P(EmulatedForward, PackedHeadsAgreeWithTheOracle) {
   const Problem problem = parse_kernel_spec(GetParam().spec).problem;
-  int cases = 0;
-  for (std::uint64_t seed = 200; cases < 8; ++seed) {
+  std::uint64_t cases = 0;
+  for (std::uint64_t seed = 200; cases < emulated_count(8); ++seed) {
     RandomCase c = random_case(seed, emulated_cases(problem));
     if (most_heads_per_pack_log2(c.heads / c.heads_kv) == 0) continue;
     ++cases;
@@ -94,8 +94,8 @@ TEST_P(EmulatedForward, PackedHeadsAgreeWithTheOracle) {
 
 TEST_P(EmulatedForward, PackedHeadsSeeTheExactNumberOfKeys) {
   const Problem problem = parse_kernel_spec(GetParam().spec).problem;
-  int cases = 0;
-  for (std::uint64_t seed = 300; cases < 4; ++seed) {
+  std::uint64_t cases = 0;
+  for (std::uint64_t seed = 300; cases < emulated_count(4); ++seed) {
     RandomCase c = random_case(seed, emulated_cases(problem));
     if (most_heads_per_pack_log2(c.heads / c.heads_kv) == 0) continue;
     ++cases;
@@ -108,7 +108,7 @@ TEST_P(EmulatedForward, PackedHeadsSeeTheExactNumberOfKeys) {
 
 TEST_P(EmulatedForward, CountProbeGivesTheExactNumberOfVisibleKeys) {
   const Problem problem = parse_kernel_spec(GetParam().spec).problem;
-  for (std::uint64_t seed = 100; seed < 103; ++seed) {
+  for (std::uint64_t seed = 100; seed < 100 + emulated_count(3); ++seed) {
     RandomCase c = random_case(seed, emulated_cases(problem));
     apply_count_probe(c);
     std::vector<float> lse;
@@ -123,7 +123,7 @@ TEST_P(EmulatedForward, TheOrderOfEventsChangesNoBit) {
   std::vector<float> first_lse;
   ASSERT_NO_THROW(run(GetParam(), c, first_lse)) << c.describe();
   const std::vector<std::byte> first = bytes_of(c.out);
-  for (std::uint64_t order = 1; order < 8; ++order) {
+  for (std::uint64_t order = 1; order <= emulated_count(7); ++order) {
     std::vector<float> lse;
     ASSERT_NO_THROW(run(GetParam(), c, lse, order)) << c.describe();
     ASSERT_EQ(first, bytes_of(c.out)) << order;
