@@ -6,6 +6,7 @@
 #include <array>
 #include <atomic>
 #include <mutex>
+#include <optional>
 #include <thread>
 
 #include "generator/arch.h"
@@ -226,35 +227,44 @@ struct Engine::Impl {
     return *spec;
   }
 
+  /// Of the main kernel, if it is one of the sm90 family. No query: nothing is read through maps.
+  std::optional<BackwardSm90Params> backward_sm90_params(const BackwardArgs& args,
+                                                         const PlanShape& plan,
+                                                         const KernelSpec& spec,
+                                                         const BackwardLaunch& work) {
+    if (spec.problem.family != Family::kSm90) return std::nullopt;
+    BackwardSm90Params params{};
+    params.f = work.params;
+    if (plan.total_q == 0) return params;
+    const BackwardTensorMaps maps = backward_tensor_maps(args, plan, spec);
+    if (!maps.fit()) {
+      throw Error(ErrorCode::kUnsupported, describe_misfit(maps),
+                  "copy the tensor, or name no kernel: one of the sm80 family is used then");
+    }
+    params.q = tensor_maps.get(maps.q);
+    params.k = tensor_maps.get(maps.k);
+    params.v = tensor_maps.get(maps.v);
+    params.dout = tensor_maps.get(maps.dout);
+    params.q_head_step = maps.q.head_step();
+    params.k_head_step = maps.k.head_step();
+    params.v_head_step = maps.v.head_step();
+    params.dout_head_step = maps.dout.head_step();
+    return params;
+  }
+
   void backward(const BackwardArgs& args, const PlanShape& plan, Stream stream) {
     const Shape shape = shape_of(args);
     const KernelSpec spec = kernel_spec(Pass::kBackward, shape, args.spec);
     const BackwardLaunch work =
         make_backward_launch(args, plan, spec, device.sm_count, device.l2_bytes);
-    BackwardTensorMaps maps;
-    if (spec.problem.family == Family::kSm90) {
-      maps = backward_tensor_maps(args, plan, spec);
-      if (plan.total_q > 0 && !maps.fit()) {
-        throw Error(ErrorCode::kUnsupported, describe_misfit(maps),
-                    "copy the tensor, or name no kernel: one of the sm80 family is used then");
-      }
-    }
     const ContextScope scope(context);
     // Kernels are found before anything is launched: a miss must not leave half of the gradients.
     const LoadedKernel& kernel = kernel_for(spec, stream);
+    const std::optional<BackwardSm90Params> sm90 = backward_sm90_params(args, plan, spec, work);
     const auto launch_all = [&] {
       launch(kernel, 0, work.prepare, &work.params, sizeof(work.params), stream);
-      if (spec.problem.family == Family::kSm90) {
-        const BackwardSm90Params main{tensor_maps.get(maps.q),
-                                      tensor_maps.get(maps.k),
-                                      tensor_maps.get(maps.v),
-                                      tensor_maps.get(maps.dout),
-                                      work.params,
-                                      maps.q.head_step(),
-                                      maps.k.head_step(),
-                                      maps.v.head_step(),
-                                      maps.dout.head_step()};
-        launch(kernel, 1, work.main, &main, sizeof(main), stream);
+      if (sm90) {
+        launch(kernel, 1, work.main, &*sm90, sizeof(*sm90), stream);
       } else {
         launch(kernel, 1, work.main, &work.params, sizeof(work.params), stream);
       }

@@ -12,15 +12,16 @@
 //           shared memory, transposed by stmatrix; each warpgroup makes one chunk of 64 dims of all
 //           rows.
 //
-//   loader        K Q0 V dO0 | Q1 dO1 | Q2 dO2 | ...
+//   loader        K V Q0 dO0 | Q1 dO1 | Q2 dO2 | ...
 //   warpgroup     S0 dP0 P0 dV0 dS0 | dQ0 dK0 | S1 dP1 P1 dV1 dS1 | dQ1 dK1 | ... | dk dv
 //                               barrier, both have dS
-//                 dV runs beside dS; dK beside dQ's way out and the next S and dP
+//                 dV runs beside dS; dK beside dQ's way out
 //   sender                              dQ0                          dQ1 ...
 //
 // Barriers  mbarriers: K full, V full; Q and dO full / empty per stage (full: the loader, with the
 //           bytes and 32 lanes' lse or delta); dQ full (a consumer warp each) and empty (the
-//           sender); tail: rows that another sequence's tokens are overwritten with zeros behind.
+//           sender); tails, of K or Q and of V or dO: rows behind which another sequence's tokens
+//           are overwritten with zeros before the full barrier is told.
 //           Named barrier 1: dS is written. dS has two stages: whoever writes the next one has
 //           seen both warpgroups past the MMAs that read the one before.
 // Registers dK and dV: (head_dim + head_dim_v) / 2 a thread; S and dP: block_m / 2 each; their
@@ -29,8 +30,8 @@
 //           groups | work | mbarriers; BackwardSm90Config has the offsets.
 #pragma once
 
+#include "../device/lanes.cuh"
 #include "../device/ptx_sm90.cuh"
-#include "../device/quad.cuh"
 #include "../device/softmax.cuh"
 #include "backward_work.cuh"
 
@@ -53,6 +54,10 @@ inline constexpr int kRowBytes = BackwardSm90Config::kRowBytes;
 static_assert(kM == 64 && kN == 128 && kGroups == 2, "dQ has 64 rows; a warpgroup owns 64 keys");
 static_assert(kChunksQk == 2, "each warpgroup makes a chunk of dQ");
 static_assert(!kConfig.softcap, "its derivative has no registers");
+static_assert(128 * kConfig.producer_registers() +
+                      32 * kConfig.warps * kConfig.consumer_registers() <=
+                  kConfig.threads() * kConfig.registers(),
+              "who asks for more registers than there are waits forever");
 
 /// Rows of 128 bytes, eight to a group: K-major operands.
 inline constexpr u64 kMajorLayout = matrix_layout(16, 8 * kRowBytes);
@@ -80,18 +85,18 @@ struct Smem {
   __device__ __forceinline__ u32 barrier(int index) const {
     return base + kConfig.barrier_offset() + index * 8;
   }
-  __device__ __forceinline__ u32 tail() const { return barrier(0); }
-  __device__ __forceinline__ u32 k_full() const { return barrier(1); }
-  __device__ __forceinline__ u32 v_full() const { return barrier(2); }
-  __device__ __forceinline__ u32 dq_full() const { return barrier(3); }
-  __device__ __forceinline__ u32 dq_empty() const { return barrier(4); }
-  __device__ __forceinline__ u32 q_full(int stage) const { return barrier(5 + stage); }
-  __device__ __forceinline__ u32 q_empty(int stage) const { return barrier(5 + kStages + stage); }
+  __device__ __forceinline__ u32 tail(int which) const { return barrier(which); }
+  __device__ __forceinline__ u32 k_full() const { return barrier(2); }
+  __device__ __forceinline__ u32 v_full() const { return barrier(3); }
+  __device__ __forceinline__ u32 dq_full() const { return barrier(4); }
+  __device__ __forceinline__ u32 dq_empty() const { return barrier(5); }
+  __device__ __forceinline__ u32 q_full(int stage) const { return barrier(6 + stage); }
+  __device__ __forceinline__ u32 q_empty(int stage) const { return barrier(6 + kStages + stage); }
   __device__ __forceinline__ u32 do_full(int stage) const {
-    return barrier(5 + 2 * kStages + stage);
+    return barrier(6 + 2 * kStages + stage);
   }
   __device__ __forceinline__ u32 do_empty(int stage) const {
-    return barrier(5 + 3 * kStages + stage);
+    return barrier(6 + 3 * kStages + stage);
   }
 };
 
@@ -125,28 +130,32 @@ struct Loader {
   const BackwardSm90Params& p;
   Smem smem;
   int lane;
-  u32 tail_parity = 0;
+  u32 tail_parity[2] = {0, 0};
 
-  /// `valid` rows of kRows; zeros behind them, for what another sequence's tokens hold times zero
-  /// may still be NaN.
+  /// Begins to load kRows rows, of which `valid` exist. Those behind them must be finished.
   template <int kRows, int kChunks>
-  __device__ __forceinline__ void load_tile(u32 to, const TensorMap& map, u32 full, int head,
-                                            int token, int valid) {
-    const bool tail = valid < kRows;
-    const u32 arrives_at = tail ? smem.tail() : full;
+  __device__ __forceinline__ void begin(int tail, u32 to, const TensorMap& map, u32 full, int head,
+                                        int token, int valid) const {
+    const u32 arrives_at = valid < kRows ? smem.tail(tail) : full;
     if (lane == 0) mbarrier_arrive_expect_tx(arrives_at, kRows * kChunks * kRowBytes);
     __syncwarp();
     if (lane < kChunks) {
       tensor_load(to + lane * kRows * kRowBytes, map, arrives_at, lane * kChunkDims, head, token);
     }
-    if (!tail) return;
-    mbarrier_wait(smem.tail(), tail_parity);
-    tail_parity ^= 1;
-    const int missing = kRows - valid;
+  }
+
+  /// Zeros behind the valid rows: what another sequence's tokens hold times zero may still be NaN.
+  template <int kRows, int kChunks>
+  __device__ __forceinline__ void finish(int tail, u32 to, u32 full, int valid) {
+    if (valid >= kRows) return;
+    mbarrier_wait(smem.tail(tail), tail_parity[tail]);
+    tail_parity[tail] ^= 1;
 #pragma unroll 1
-    for (int i = lane; i < missing * kChunks * 8; i += 32) {
-      const int row = i / 8 / missing * kRows + valid + i / 8 % missing;
-      st_shared_int4(to + row * kRowBytes + i % 8 * 16, Int4{0, 0, 0, 0});
+    for (int row = valid + lane / 8; row < kRows; row += 4) {
+#pragma unroll
+      for (int chunk = 0; chunk < kChunks; ++chunk) {
+        st_shared_int4(to + (chunk * kRows + row) * kRowBytes + lane % 8 * 16, Int4{0, 0, 0, 0});
+      }
     }
     fence_proxy_async();
     __syncwarp();
@@ -154,59 +163,56 @@ struct Loader {
   }
 
   /// Of rows that are not there: zeros, so that P = 1 meets dO = 0, and dS = 0.
-  __device__ __forceinline__ void load_rows_stats(u32 to, const float* from, int rows, u32 full) {
+  __device__ __forceinline__ void load_rows_stats(u32 to, const float* from, int rows,
+                                                  u32 full) const {
     for (int i = lane; i < kM; i += 32) cp_async_4(to + i * 4, from + i, i < rows);
     cp_async_mbarrier_arrive(full);
   }
 
   __device__ __forceinline__ void run() {
     const Work work = Work::load(smem.base);
-    load_tile<kN, kChunksQk>(smem.k(), p.k, smem.k_full(), work.kv_head * p.k_head_step, work.key0,
-                             work.keys);
+    begin<kN, kChunksQk>(0, smem.k(), p.k, smem.k_full(), work.kv_head * p.k_head_step, work.key0,
+                         work.keys);
+    begin<kN, kChunksV>(1, smem.v(), p.v, smem.v_full(), work.kv_head * p.v_head_step, work.key0,
+                        work.keys);
+    finish<kN, kChunksQk>(0, smem.k(), smem.k_full(), work.keys);
+    finish<kN, kChunksV>(1, smem.v(), smem.v_full(), work.keys);
     Ring ring;
-    bool first = true;
-    const auto load_v = [&] {
-      load_tile<kN, kChunksV>(smem.v(), p.v, smem.v_full(), work.kv_head * p.v_head_step, work.key0,
-                              work.keys);
-      first = false;
-    };
     for_each_step(p.f, smem.base, [&](const Walk& walk, const Span& span) {
+      const int stage = ring.stage;
       const i64 row = static_cast<i64>(walk.head) * p.f.total_q + walk.row0;
-      mbarrier_wait(smem.q_empty(ring.stage), ring.parity ^ 1);
-      load_tile<kM, kChunksQk>(smem.q(ring.stage), p.q, smem.q_full(ring.stage),
-                               walk.head * p.q_head_step, walk.row0, span.rows);
-      load_rows_stats(smem.lse(ring.stage), p.f.lse_log2 + row, span.rows, smem.q_full(ring.stage));
-      if (first) load_v();
-      mbarrier_wait(smem.do_empty(ring.stage), ring.parity ^ 1);
-      load_tile<kM, kChunksV>(smem.dout(ring.stage), p.dout, smem.do_full(ring.stage),
-                              walk.head * p.dout_head_step, walk.row0, span.rows);
-      load_rows_stats(smem.delta(ring.stage), p.f.delta + row, span.rows, smem.do_full(ring.stage));
+      mbarrier_wait(smem.q_empty(stage), ring.parity ^ 1);
+      begin<kM, kChunksQk>(0, smem.q(stage), p.q, smem.q_full(stage), walk.head * p.q_head_step,
+                           walk.row0, span.rows);
+      load_rows_stats(smem.lse(stage), p.f.lse_log2 + row, span.rows, smem.q_full(stage));
+      mbarrier_wait(smem.do_empty(stage), ring.parity ^ 1);
+      begin<kM, kChunksV>(1, smem.dout(stage), p.dout, smem.do_full(stage),
+                          walk.head * p.dout_head_step, walk.row0, span.rows);
+      load_rows_stats(smem.delta(stage), p.f.delta + row, span.rows, smem.do_full(stage));
+      finish<kM, kChunksQk>(0, smem.q(stage), smem.q_full(stage), span.rows);
+      finish<kM, kChunksV>(1, smem.dout(stage), smem.do_full(stage), span.rows);
       ring.advance();
     });
-    if (first) load_v();
   }
 };
 
-/// Warp 1, if the block contributes to dq.
+/// One lane of warp 1, if the block contributes to dq.
 struct Sender {
   const BackwardSm90Params& p;
   Smem smem;
-  int lane;
 
-  __device__ __forceinline__ void run() {
+  __device__ __forceinline__ void run() const {
     u32 parity = 0;
     for_each_step(p.f, smem.base, [&](const Walk& walk, const Span& span) {
       mbarrier_wait(smem.dq_full(), parity);
       parity ^= 1;
-      if (lane != 0) return;
-      float* dq =
-          p.f.dq_accumulator + (static_cast<i64>(walk.head) * p.f.total_q + walk.row0) * kDim;
-      bulk_red_add_f32(dq, smem.dq(), span.rows * kDim * 4);
+      const i64 row = static_cast<i64>(walk.head) * p.f.total_q + walk.row0;
+      bulk_red_add_f32(p.f.dq_accumulator + row * kDim, smem.dq(), span.rows * kDim * 4);
       bulk_commit_group();
       bulk_wait_read();
       mbarrier_arrive(smem.dq_empty());
     });
-    if (lane == 0) bulk_wait();
+    bulk_wait();
   }
 };
 
@@ -387,6 +393,7 @@ struct Consumer {
     mbarrier_wait(smem.q_full(stage), ring.parity);
     wgmma_fence();
     issue_scores<kStepsQk>(s, smem.k(), smem.q(stage));
+    mbarrier_wait(smem.v_full(), 0);
     mbarrier_wait(smem.do_full(stage), ring.parity);
     wgmma_fence();
     issue_scores<kStepsV>(dp, smem.v(), smem.dout(stage));
@@ -416,7 +423,6 @@ struct Consumer {
     int ds_stage = 0;
     u32 dq_parity = 0;
     mbarrier_wait(smem.k_full(), 0);
-    mbarrier_wait(smem.v_full(), 0);
     for_each_step(p.f, smem.base, [&](const Walk& walk, const Span& span) {
       const int stage = ring.stage;
       const auto put_dq = [&](const float(&dq)[32]) {
@@ -425,7 +431,8 @@ struct Consumer {
         fence_proxy_async();
         release(smem.dq_full());
       };
-      if ((span.seen >> warpgroup & 1) != 0) {
+      const int seen = uniform(static_cast<int>(span.seen));
+      if ((seen >> warpgroup & 1) != 0) {
         u32 probabilities[kStepsRows][4], gradients[kStepsRows][4];
         score_step(walk.row0, span.rows, ring, first, len, dv, probabilities, gradients);
         if constexpr (kDq) {
@@ -439,12 +446,14 @@ struct Consumer {
           wgmma_wait_group<1>(dq);
           pin(dv);
           keep(probabilities);
+          release(smem.do_empty(stage));
           put_dq(dq);
         } else {
           wgmma_fence();
           issue_dk(dk, gradients, stage);
           wgmma_wait_group<1>(dv);
           keep(probabilities);
+          release(smem.do_empty(stage));
         }
         wgmma_wait_group<0>(dk);
         keep(gradients);
@@ -462,8 +471,8 @@ struct Consumer {
           wgmma_wait_group<0>(dq);
           put_dq(dq);
         }
+        release(smem.do_empty(stage));
       }
-      release(smem.do_empty(stage));
       release(smem.q_empty(stage));
       ring.advance();
       ds_stage ^= 1;
@@ -552,7 +561,8 @@ struct Consumer {
 };
 
 __device__ __forceinline__ void init_barriers(Smem smem) {
-  mbarrier_init(smem.tail(), 1);
+  mbarrier_init(smem.tail(0), 1);
+  mbarrier_init(smem.tail(1), 1);
   mbarrier_init(smem.k_full(), 1);
   mbarrier_init(smem.v_full(), 1);
   mbarrier_init(smem.dq_full(), kConsumerWarps);
@@ -571,25 +581,31 @@ __device__ __forceinline__ void init_barriers(Smem smem) {
 __device__ __forceinline__ void backward_sm90(const BackwardSm90Params& p) {
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   const backward::Smem smem{smem_address(shared_memory)};
+  if (threadIdx.x == 0) {
+    prefetch_tensormap(p.k);
+    prefetch_tensormap(p.v);
+    prefetch_tensormap(p.q);
+    prefetch_tensormap(p.dout);
+  }
   backward::Work work;
   bool invalid;
   if (!backward::assign(p.f, work, invalid)) return;
   const bool seen = work.row_last >= 0 && work.begin < work.end;
-  const int warp = static_cast<int>(__shfl_sync(kFullWarp, threadIdx.x / 32, 0));
+  const int warp = uniform(static_cast<int>(threadIdx.x / 32));
   const int lane = static_cast<int>(threadIdx.x % 32);
   if (threadIdx.x == 0) {
     work.store(smem.base);
     backward::init_barriers(smem);
   }
-  if (seen && warp < backward::kGroups) {
-    backward::find_group_bounds(p.f, work, smem.base, warp, lane);
+  if (seen && warp >= 2 && warp < 2 + backward::kGroups) {  // by those that have no other role
+    backward::find_group_bounds(p.f, work, smem.base, warp - 2, lane);
   }
   __syncthreads();
   if (warp < 4) {
     setmaxnreg_dec<kConfig.producer_registers()>();
     if (!seen) return;
     if (warp == 0) backward::Loader{p, smem, lane}.run();
-    if (warp == 1 && p.f.dq_accumulator != nullptr) backward::Sender{p, smem, lane}.run();
+    if (warp == 1 && lane == 0 && p.f.dq_accumulator != nullptr) backward::Sender{p, smem}.run();
   } else {
     setmaxnreg_inc<kConfig.consumer_registers()>();
     backward::Consumer(p, smem).run(seen, invalid);

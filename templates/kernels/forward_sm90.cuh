@@ -30,7 +30,6 @@
 //           stages where there is room.
 #pragma once
 
-#include "../device/quad.cuh"
 #include "../device/softmax.cuh"
 #include "forward_sm90_producers.cuh"
 
@@ -381,7 +380,7 @@ __device__ __forceinline__ void forward_sm90(const ForwardSm90Params& p) {
   const forward::Smem smem{smem_address(shared_memory)};
   if (threadIdx.x == 0) forward::init_barriers(smem);
   __syncthreads();
-  const int warp = forward::uniform(static_cast<int>(threadIdx.x / 32));
+  const int warp = uniform(static_cast<int>(threadIdx.x / 32));
   if (warp < 4) {
     setmaxnreg_dec<kConfig.producer_registers()>();
     if (warp == 0) forward::KeyLoader(p, smem).run();

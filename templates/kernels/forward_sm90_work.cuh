@@ -2,6 +2,7 @@
 // forward_sm90.cuh tells how they work together.
 #pragma once
 
+#include "../device/lanes.cuh"
 #include "../device/ptx_sm90.cuh"
 
 namespace treeattn {
@@ -44,13 +45,6 @@ struct Item {
   int index;  ///< query tile, in the plan's order
   int head;   ///< first of the pack
 };
-
-/// The or of all lanes' values: what one lane holds and the others lack, or what all hold alike.
-/// The compiler knows the result to be the same in all lanes, so that branches on it are not
-/// divergent and addresses made of it are scalar.
-__device__ __forceinline__ int uniform(int x) {
-  return static_cast<int>(__reduce_or_sync(kFullWarp, static_cast<u32>(x)));
-}
 
 /// The items of a block: the one of its own number, then what it draws from the counter that all
 /// blocks share. For one warp.

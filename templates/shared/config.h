@@ -296,15 +296,16 @@ struct BackwardSm90Config : BackwardConfig {
     return stats_offset() + stages * stats_stage_bytes();
   }
   TREEATTN_HOST_DEVICE constexpr int work_offset() const { return groups_offset() + groups() * 16; }
-  /// mbarriers: tail, K full, V full, dQ full, dQ empty, then Q full, Q empty, dO full and dO empty
-  /// per stage.
+  /// mbarriers: two tails, K full, V full, dQ full, dQ empty, then Q full, Q empty, dO full and dO
+  /// empty per stage.
   TREEATTN_HOST_DEVICE constexpr int barrier_offset() const { return work_offset() + 32; }
-  TREEATTN_HOST_DEVICE constexpr int barriers() const { return 5 + 4 * stages; }
+  TREEATTN_HOST_DEVICE constexpr int barriers() const { return 6 + 4 * stages; }
   TREEATTN_HOST_DEVICE constexpr int smem_bytes() const {
     return barrier_offset() + barriers() * 8;
   }
 
-  // Registers of a thread after the warpgroups have traded, as in ForwardSm90Config.
+  // Registers of a thread before and after the warpgroups have traded, as in ForwardSm90Config.
+  TREEATTN_HOST_DEVICE constexpr int registers() const { return 65536 / threads() / 8 * 8; }
   TREEATTN_HOST_DEVICE constexpr int producer_registers() const { return 24; }
   TREEATTN_HOST_DEVICE constexpr int consumer_registers() const { return 240; }
 };

@@ -250,6 +250,16 @@ TEST_F(CudaEngine, ANamedBackwardOfTheSm90FamilyReadsThroughTensorMaps) {
   a.spec = {};
   engine.backward(a);
   EXPECT_THAT(driver_.launches().back().entry, HasSubstr("bwd_sm80"));
+
+  // Without queries the keys' gradients are zeros, whatever the strides.
+  Shape one = shape(128);
+  one.backward = true;
+  const Plan empty = engine.plan_for(0, kTotal, 1, {&one, 1});
+  BackwardArgs b = backward_args(empty, 128, false);
+  b.spec = "bwd/sm90@sm_90a/bf16/d128v128";
+  b.k.token_stride = 0;
+  engine.backward(b);
+  EXPECT_THAT(driver_.launches().rbegin()[1].entry, HasSubstr("bwd_sm90"));
 }
 
 TEST_F(CudaEngine, NoQueriesMeansNoLaunch) {

@@ -1,9 +1,16 @@
-// Exchanges between the four lanes that hold a row of an accumulator.
+// Exchanges between the lanes of a warp.
 #pragma once
 
 #include "types.cuh"
 
 namespace treeattn {
+
+/// The or of all lanes' values: what one lane holds and the others lack, or what all hold alike.
+/// The compiler knows the result to be the same in all lanes, so that branches on it are not
+/// divergent and addresses made of it are scalar.
+__device__ __forceinline__ int uniform(int x) {
+  return static_cast<int>(__reduce_or_sync(kFullWarp, static_cast<u32>(x)));
+}
 
 /// w[i] of lane j becomes w[j] of lane i, inside groups of four lanes.
 __device__ __forceinline__ void transpose_quad(u32 (&w)[4], u32 quad) {
