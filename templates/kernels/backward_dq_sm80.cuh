@@ -3,11 +3,10 @@
 //
 // Work      one block = one query tile of the plan (block_m rows) x one query head, heavy first.
 // Steps     S = Q K^T; P = exp2(S - lse); dP = dO V^T; dS = P (dP - delta), which stays in
-// registers:
-//           accumulators of S are the A operand of dQ += dS K.
+//           registers: accumulators of S are the A operand of dQ += dS K.
 // Visits    every warp tests the bounds of 32 key tiles at once, one lane a tile; tiles nobody in
-// the
-//           block sees are never loaded, and a warp skips those that its own 16 rows do not see.
+//           the block sees are never loaded, and a warp skips those that its own 16 rows do not
+//           see.
 // Pipeline  stages = 2: K, V and intervals of tile j+1 are in flight while tile j is computed;
 //             wait(j) barrier load(j+1) S dP dQ
 //           stages = 1: the load follows the last use, after one more barrier.

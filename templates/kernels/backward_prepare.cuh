@@ -2,9 +2,8 @@
 // with an empty dq accumulator; and how the main kernel's work is dealt out.
 //
 // Work      a power of two of neighbouring lanes serves one row of one head; grid (1 + rows,
-// heads).
-//           The first block makes the schedule: tiles that cost a quarter more than what every slot
-//           of the chip has to do on average are shared by several blocks.
+//           heads). The first block makes the schedule: tiles that cost a quarter more than what
+//           every slot of the chip has to do on average are shared by several blocks.
 // Pipeline  none: rows are read once, in 16-byte chunks.
 // Shared    a few words for the schedule's sums.
 #pragma once

@@ -4,21 +4,18 @@
 //           comes with the call. Row r of the tile is its token r / 2^s, head r % 2^s of the pack.
 //           Blocks are ordered heavy tiles first inside groups of heads whose K/V share the L2.
 // Visits    the block tests the bounds of up to 2,048 key tiles at once, one thread a tile, and
-// keeps
-//           one bit each in shared memory; tiles nobody in the block sees are never loaded. Each
-//           warp tests a visited tile again for the tokens of its own 16 or 32 rows: skip, full (no
-//           mask code) or partial.
+//           keeps one bit each in shared memory; tiles nobody in the block sees are never loaded.
+//           Each warp tests a visited tile again for the tokens of its own 16 or 32 rows: skip,
+//           full (no mask code) or partial.
 // Pipeline  stages = 2: K, V and intervals of tile j+1 are in flight while tile j is computed;
 //             wait(j) barrier load(j+1) S=QK softmax O+=PV
 //           stages = 1: V(j) flies during S=QK, K(j+1) during softmax and O+=PV;
 //             wait(K j) barrier load(V j) S=QK wait(V j) barrier load(K j+1) softmax O+=PV
 // Barriers  __syncthreads only: one a tile with two stages, two with one.
 // Registers O and S accumulators: rows_per_warp * (head_dim_v + block_n) / 32 a thread; Q is read
-// from
-//           shared memory again for every key tile.
+//           from shared memory again for every key tile.
 // Shared    Q (reused for out) | stages x K | stages x V | stages x {first, len, bounds} | visit
-// bits |
-//           the block's work; ForwardConfig has the offsets. Rows are swizzled, never padded
+//           bits | the block's work; ForwardConfig has the offsets. Rows are swizzled, never padded
 //           (swizzle.cuh).
 #pragma once
 

@@ -4,14 +4,13 @@
 // Four launches, stream-ordered, no synchronisation, O(tokens + tiles log tiles):
 //   sequences    1 block      clamps cu_seqlens, marks their faults, clears the meta section
 //   intervals    grid stride  one thread a key (one binary search each); marks a start_q that
-//   decreases;
-//                             clears the scratch
+//                             decreases; clears the scratch
 //   key_tiles    grid (x, 1 + views): one warp a granule / key tile: bounds; a tile's rows are one
 //                             range, so its visits go to a difference array and its index to the
 //                             two sparse tables (log2 levels) that yield each query tile's lowest
 //                             and highest
 //   query_tiles  1 block per view and side: prefix sum, table push-down, stable counting sort by
-//   work
+//                             work
 #pragma once
 
 #include "../device/ptx_sm80.cuh"
