@@ -194,13 +194,23 @@ Problem problem_for(Pass pass, const Shape& shape, Target target) {
   return problem;
 }
 
-int require_view(const PlanShape& plan, const KernelSpec& spec) {
-  const int view = find_view(plan, spec.tile.block_m, spec.tile.view_block_n());
-  if (view >= 0) return view;
+TensorMapRequest tensor_map_request(const ConstTensor& tensor, KernelDType dtype, int dims,
+                                    int heads, std::int64_t tokens, int rows, int box_heads) {
+  return {tensor.data,        dtype, dims,     heads, tokens, tensor.token_stride,
+          tensor.head_stride, rows,  box_heads};
+}
+
+void refuse_missing_view(const KernelSpec& spec) {
   throw Error(ErrorCode::kInvalidArgument,
               fmt::format("the plan holds no tile lists for {}x{} tiles, which kernel {} needs",
                           spec.tile.block_m, spec.tile.view_block_n(), to_string(spec)),
               "make the plan with plan_for() and pass it this shape");
+}
+
+int require_view(const PlanShape& plan, const KernelSpec& spec) {
+  const int view = find_view(plan, spec.tile.block_m, spec.tile.view_block_n());
+  if (view < 0) refuse_missing_view(spec);
+  return view;
 }
 
 void check_workspace(const void* workspace, std::size_t bytes, std::size_t needed,

@@ -9,6 +9,7 @@
 
 #include "generator/kernel_spec.h"
 #include "runtime/attention/plan.h"
+#include "runtime/cuda/tensor_map.h"
 #include "treeattn/treeattn.h"
 
 namespace treeattn {
@@ -46,9 +47,14 @@ struct Grid {
   unsigned x = 0, y = 1, z = 1;
 };
 
+/// A tensor as the copy engine reads it: boxes of `rows` tokens and `box_heads` heads.
+TensorMapRequest tensor_map_request(const ConstTensor& tensor, KernelDType dtype, int dims,
+                                    int heads, std::int64_t tokens, int rows, int box_heads = 1);
+
 /// `function` says how many bytes are needed.
 void check_workspace(const void* workspace, std::size_t bytes, std::size_t needed,
                      std::string_view function);
+[[noreturn]] void refuse_missing_view(const KernelSpec& spec);
 /// Throws if the plan holds no tile lists for the spec's tile.
 int require_view(const PlanShape& plan, const KernelSpec& spec);
 /// Throws kUnsupported if a grid of this many blocks cannot be launched.

@@ -129,17 +129,14 @@ Grid add_dq_launch(BackwardParams& params, const PlanShape& plan, const KernelSp
 
 BackwardTensorMaps backward_tensor_maps(const BackwardArgs& args, const PlanShape& plan,
                                         const KernelSpec& spec) {
-  const auto request = [&spec](const ConstTensor& tensor, int dims, int heads, std::int64_t tokens,
-                               int rows) {
-    return TensorMapRequest{tensor.data,         spec.problem.dtype, dims, heads, tokens,
-                            tensor.token_stride, tensor.head_stride, rows, 1};
-  };
-  const TileConfig& tile = spec.tile;
+  const KernelDType dtype = spec.problem.dtype;
   const int dim_v = value_head_dim(args.head_dim, args.head_dim_v);
-  return {request(args.q, args.head_dim, args.heads, plan.total_q, tile.block_m),
-          request(args.k, args.head_dim, args.heads_kv, plan.total_k, tile.block_n),
-          request(args.v, dim_v, args.heads_kv, plan.total_k, tile.block_n),
-          request(args.dout, dim_v, args.heads, plan.total_q, tile.block_m)};
+  return {
+      tensor_map_request(args.q, dtype, args.head_dim, args.heads, plan.total_q, spec.tile.block_m),
+      tensor_map_request(args.k, dtype, args.head_dim, args.heads_kv, plan.total_k,
+                         spec.tile.block_n),
+      tensor_map_request(args.v, dtype, dim_v, args.heads_kv, plan.total_k, spec.tile.block_n),
+      tensor_map_request(args.dout, dtype, dim_v, args.heads, plan.total_q, spec.tile.block_m)};
 }
 
 std::string describe_misfit(const BackwardTensorMaps& maps) {

@@ -60,8 +60,8 @@ ForwardLaunch make_forward_launch(const ForwardArgs& args, const PlanShape& plan
                                   const KernelSpec& spec, int sm_count, std::int64_t l2_bytes) {
   ForwardLaunch launch;
   const int heads_per_kv = args.heads / args.heads_kv;
-  auto [view, heads_per_pack_log2] = forward_view(plan, spec.tile, heads_per_kv);
-  if (view < 0) view = require_view(plan, spec);  // throws
+  const auto [view, heads_per_pack_log2] = forward_view(plan, spec.tile, heads_per_kv);
+  if (view < 0) refuse_missing_view(spec);
   if (plan.total_q == 0) return launch;
   const PlanOffsets at = plan_offsets(plan);
   const int packs_per_kv = heads_per_kv >> heads_per_pack_log2;
@@ -123,21 +123,17 @@ ForwardLaunch make_forward_launch(const ForwardArgs& args, const PlanShape& plan
 
 ForwardTensorMaps forward_tensor_maps(const ForwardArgs& args, const PlanShape& plan,
                                       const KernelSpec& spec) {
-  const auto request = [&spec](const ConstTensor& tensor, int dims, int heads, std::int64_t tokens,
-                               int rows, int box_heads = 1) {
-    return TensorMapRequest{tensor.data,         spec.problem.dtype, dims, heads,    tokens,
-                            tensor.token_stride, tensor.head_stride, rows, box_heads};
-  };
-  const auto keys = [&](const ConstTensor& tensor, int dims, int rows) {
-    return request(tensor, dims, args.heads_kv, plan.total_k, rows);
-  };
+  const KernelDType dtype = spec.problem.dtype;
   const TileConfig& tile = spec.tile;
+  const auto keys = [&](const ConstTensor& tensor, int dims, int rows) {
+    return tensor_map_request(tensor, dtype, dims, args.heads_kv, plan.total_k, rows);
+  };
   const int dim_v = value_head_dim(args.head_dim, args.head_dim_v);
   const int packed = forward_view(plan, tile, args.heads / args.heads_kv).heads_per_pack_log2;
-  return {
-      request(args.q, args.head_dim, args.heads, plan.total_q, tile.block_m >> packed, 1 << packed),
-      keys(args.k, args.head_dim, tile.box_n), keys(args.k, args.head_dim, kGranuleKeys),
-      keys(args.v, dim_v, tile.box_n), keys(args.v, dim_v, kGranuleKeys)};
+  return {tensor_map_request(args.q, dtype, args.head_dim, args.heads, plan.total_q,
+                             tile.block_m >> packed, 1 << packed),
+          keys(args.k, args.head_dim, tile.box_n), keys(args.k, args.head_dim, kGranuleKeys),
+          keys(args.v, dim_v, tile.box_n), keys(args.v, dim_v, kGranuleKeys)};
 }
 
 std::optional<KernelSpec> strided_spec(const Problem& problem, const PlanShape& plan,

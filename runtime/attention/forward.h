@@ -10,7 +10,6 @@
 #include "generator/kernel_spec.h"
 #include "runtime/attention/arguments.h"
 #include "runtime/attention/plan.h"
-#include "runtime/cuda/tensor_map.h"
 #include "templates/shared/params.h"
 #include "treeattn/treeattn.h"
 

@@ -9,7 +9,6 @@
 #include <system_error>
 #include <utility>
 
-#include "runtime/support/advisory_lock.h"
 #include "runtime/support/digest.h"
 #include "runtime/support/log.h"
 #include "treeattn/error.h"
@@ -116,6 +115,13 @@ std::string ArtifactSource::lock_name(const ArtifactKey& key) const {
   return to_hex(hasher.field(key.hex()).finish());
 }
 
+AdvisoryLock ArtifactSource::share_work(const ArtifactKey& key, bool& waited) const {
+  const std::string name = lock_name(key);
+  AdvisoryLock lock = AdvisoryLock::acquire(name, 0);
+  waited = !lock.held();
+  return waited ? AdvisoryLock::acquire(name, options_.lock_timeout_ms) : std::move(lock);
+}
+
 std::optional<Artifact> ArtifactSource::search(Attempt& attempt) const {
   for (const int major : majors_to_try(attempt.cuda_major)) {
     std::vector<StoreProbe> probes;
@@ -164,10 +170,8 @@ ObtainedArtifact ArtifactSource::obtain(const GeneratedSource& source, int cuda_
   }
   AdvisoryLock lock;
   if (look && has_writable_root()) {
-    const std::string name = lock_name(attempt.key);
-    lock = AdvisoryLock::acquire(name, 0);
-    const bool waited = !lock.held();
-    if (waited) lock = AdvisoryLock::acquire(name, options_.lock_timeout_ms);
+    bool waited = false;
+    lock = share_work(attempt.key, waited);
     if (auto found = search(attempt)) return from_store(std::move(*found));
     // Whoever held it did not publish (a full disk, say): one after the other would be slower than
     // all at once.
@@ -207,10 +211,8 @@ BuildReport ArtifactSource::build(const KernelSpec& spec, bool force) {
     };
     if (find()) return report;
     // As in obtain(): ranks that run the same command share the work.
-    const std::string name = lock_name(key);
-    lock = AdvisoryLock::acquire(name, 0);
-    const bool waited = !lock.held();
-    if (waited) lock = AdvisoryLock::acquire(name, options_.lock_timeout_ms);
+    bool waited = false;
+    lock = share_work(key, waited);
     if (find()) return report;
     if (waited) lock.release();
   }

@@ -15,6 +15,7 @@
 #include "runtime/cache/artifact.h"
 #include "runtime/cache/cubin_store.h"
 #include "runtime/jit/compiler.h"
+#include "runtime/support/advisory_lock.h"
 #include "runtime/support/config.h"
 
 namespace treeattn {
@@ -93,6 +94,9 @@ class ArtifactSource {
   ObtainedArtifact compile(Attempt& attempt);
   [[noreturn]] void throw_missing(const Attempt& attempt, const std::string& why) const;
   bool has_writable_root() const;
+  /// Waits, within limits, for another process that makes the same entry. Held, if there was none
+  /// (`waited` is false then) or it ended in time.
+  AdvisoryLock share_work(const ArtifactKey& key, bool& waited) const;
 
   CubinStore store_;
   std::unique_ptr<Compiler> compiler_;

@@ -115,15 +115,4 @@ __device__ __forceinline__ void setmaxnreg_dec() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-/// Bits of a matrix descriptor beside its address (PTX ISA, matrix descriptor format): byte offsets
-/// between groups of 8 rows, and along the leading dimension, with the 128-byte swizzle.
-__host__ __device__ constexpr u64 matrix_layout(u32 leading_bytes, u32 stride_bytes) {
-  return static_cast<u64>(leading_bytes >> 4) << 16 | static_cast<u64>(stride_bytes >> 4) << 32 |
-         static_cast<u64>(1) << 62;
-}
-
-__device__ __forceinline__ u64 matrix_descriptor(u32 address, u64 layout) {
-  return layout | static_cast<u64>((address & 0x3ffff) >> 4);
-}
-
 }  // namespace treeattn

@@ -30,8 +30,7 @@
 //           groups | work | mbarriers; BackwardSm90Config has the offsets.
 #pragma once
 
-#include "../device/lanes.cuh"
-#include "../device/ptx_sm90.cuh"
+#include "../device/sm90.cuh"
 #include "../device/softmax.cuh"
 #include "backward_work.cuh"
 
@@ -100,19 +99,6 @@ struct Smem {
   }
 };
 
-/// Stage and parity of the next step.
-struct Ring {
-  int stage = 0;
-  u32 parity = 0;
-
-  __device__ __forceinline__ void advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
-
 /// Calls body(walk, span) for every step in which a key of the block is seen: the same steps in
 /// every role.
 template <class Body>
@@ -177,7 +163,7 @@ struct Loader {
                         work.keys);
     finish<kN, kChunksQk>(0, smem.k(), smem.k_full(), work.keys);
     finish<kN, kChunksV>(1, smem.v(), smem.v_full(), work.keys);
-    Ring ring;
+    Ring<kStages> ring;
     for_each_step(p.f, smem.base, [&](const Walk& walk, const Span& span) {
       const int stage = ring.stage;
       const i64 row = static_cast<i64>(walk.head) * p.f.total_q + walk.row0;
@@ -383,7 +369,7 @@ struct Consumer {
   }
 
   /// P and dS of this warpgroup's keys and the step's rows, packed; dV's MMAs are under way.
-  __device__ __forceinline__ void score_step(int row0, int rows, const Ring& ring,
+  __device__ __forceinline__ void score_step(int row0, int rows, const Ring<kStages>& ring,
                                              const int (&first)[2], const int (&len)[2],
                                              float (&dv)[kConfig.head_dim_v / 2],
                                              u32 (&probabilities)[kStepsRows][4],
@@ -419,12 +405,19 @@ struct Consumer {
       first[r] = exists ? p.f.plan[p.f.first + work.key0 + key() + r * 8] : 0;
       len[r] = exists ? p.f.plan[p.f.len + work.key0 + key() + r * 8] : 0;
     }
-    Ring ring;
+    Ring<kStages> ring;
     int ds_stage = 0;
     u32 dq_parity = 0;
     mbarrier_wait(smem.k_full(), 0);
     for_each_step(p.f, smem.base, [&](const Walk& walk, const Span& span) {
       const int stage = ring.stage;
+      const auto issue_shared_dq = [&](float(&dq)[32], const u32(&ds)[kStepsRows][4]) {
+        store_ds(ds, smem.ds(ds_stage));
+        fence_proxy_async();
+        named_barrier_sync(1, 256);
+        wgmma_fence();
+        issue_dq(dq, smem.ds(ds_stage));
+      };
       const auto put_dq = [&](const float(&dq)[32]) {
         mbarrier_wait(smem.dq_empty(), dq_parity ^ 1);
         store_dq(dq, walk.row0);
@@ -436,12 +429,8 @@ struct Consumer {
         u32 probabilities[kStepsRows][4], gradients[kStepsRows][4];
         score_step(walk.row0, span.rows, ring, first, len, dv, probabilities, gradients);
         if constexpr (kDq) {
-          store_ds(gradients, smem.ds(ds_stage));
-          fence_proxy_async();
-          named_barrier_sync(1, 256);
           float dq[32];
-          wgmma_fence();
-          issue_dq(dq, smem.ds(ds_stage));
+          issue_shared_dq(dq, gradients);
           issue_dk(dk, gradients, stage);
           wgmma_wait_group<1>(dq);
           pin(dv);
@@ -462,12 +451,8 @@ struct Consumer {
         mbarrier_wait(smem.do_full(stage), ring.parity);
         if constexpr (kDq) {
           const u32 zeros[kStepsRows][4] = {};
-          store_ds(zeros, smem.ds(ds_stage));
-          fence_proxy_async();
-          named_barrier_sync(1, 256);
           float dq[32];
-          wgmma_fence();
-          issue_dq(dq, smem.ds(ds_stage));
+          issue_shared_dq(dq, zeros);
           wgmma_wait_group<0>(dq);
           put_dq(dq);
         }
@@ -492,27 +477,10 @@ struct Consumer {
   template <int kDims>
   __device__ __forceinline__ void store(const float (&c)[kDims / 2], float scale, u16* out,
                                         i64 row_stride, int keys) const {
-    constexpr int kTiles = kDims / 8;
-    const u32 quad = lane % 4;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = key() + r * 8;
-#pragma unroll
-      for (int n = 0; n < kTiles; n += 4) {
-        u32 w[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int at = (n + i) * 4 + r * 2;
-          w[i] = n + i < kTiles ? pack2(c[at] * scale, c[at + 1] * scale) : 0;
-        }
-        transpose_quad(w, quad);
-        const int chunk = n + static_cast<int>(quad);
-        if (row < keys && (kTiles % 4 == 0 || chunk < kTiles)) {
-          st_global_int4(out + row * row_stride + chunk * 8,
-                         Int4{static_cast<int>(w[0]), static_cast<int>(w[1]),
-                              static_cast<int>(w[2]), static_cast<int>(w[3])});
-        }
-      }
+      store_row<kDims>(c, r, scale, out + row * row_stride, row < keys);
     }
   }
   template <int kDims>

@@ -263,12 +263,9 @@ struct Consumer {
     }
   }
 
-  /// Normalises and stores. Four lanes hold the four pairs of a chunk of eight dims; four chunks
-  /// are transposed among them, so that each stores 16 bytes.
+  /// Normalises and stores.
   __device__ __forceinline__ void store(const float (&o)[kOutputs], const State& state) const {
-    constexpr int kChunks8 = kConfig.head_dim_v / 8;
     u16* const out = static_cast<u16*>(p.out) + head * p.out_head_stride;
-    const u32 quad = lane % 4;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float sum = quad_sum(state.sum[0][r]);
@@ -276,27 +273,11 @@ struct Consumer {
       const float inverse = seen ? 1.0f / sum : 0.0f;
       const bool inside = tokens_on(r) < tokens_left;
       const i64 at = token + tokens_on(r);
-      if (p.lse != nullptr && quad == 0 && inside) {
+      if (p.lse != nullptr && lane % 4 == 0 && inside) {
         p.lse[static_cast<i64>(head) * p.total_q + at] =
             seen ? kLn2 * (state.reference[0][r] + log2_approx(sum)) : neg_infinity();
       }
-#pragma unroll
-      for (int c = 0; c < kChunks8; c += 4) {
-        u32 w[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int n = c + i;
-          w[i] =
-              n < kChunks8 ? pack2(o[n * 4 + r * 2] * inverse, o[n * 4 + r * 2 + 1] * inverse) : 0;
-        }
-        transpose_quad(w, quad);
-        const int chunk = c + static_cast<int>(quad);
-        if (inside && (kChunks8 % 4 == 0 || chunk < kChunks8)) {
-          st_global_int4(out + at * p.out_token_stride + chunk * 8,
-                         Int4{static_cast<int>(w[0]), static_cast<int>(w[1]),
-                              static_cast<int>(w[2]), static_cast<int>(w[3])});
-        }
-      }
+      store_row<kConfig.head_dim_v>(o, r, inverse, out + at * p.out_token_stride, inside);
     }
   }
 

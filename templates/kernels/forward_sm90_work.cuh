@@ -2,8 +2,7 @@
 // forward_sm90.cuh tells how they work together.
 #pragma once
 
-#include "../device/lanes.cuh"
-#include "../device/ptx_sm90.cuh"
+#include "../device/sm90.cuh"
 
 namespace treeattn {
 namespace forward {
@@ -160,20 +159,6 @@ struct Smem {
   }
   __device__ __forceinline__ u32 record_empty(int stage) const {
     return barrier(5 + 4 * kStages + kRecords + stage);
-  }
-};
-
-/// Stage and parity of the next tile, or item, in a ring of stages.
-template <int kSize>
-struct Ring {
-  int stage = 0;
-  u32 parity = 0;
-
-  __device__ __forceinline__ void advance() {
-    if (++stage == kSize) {
-      stage = 0;
-      parity ^= 1;
-    }
   }
 };
 

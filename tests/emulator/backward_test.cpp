@@ -6,8 +6,8 @@
 #include <cmath>
 #include <vector>
 
-#include "runtime/attention/plan_cpu.h"
 #include "tests/emulator/emulated_case.h"
+#include "tests/support/forward_bar.h"
 #include "tests/support/oracle_backward.h"
 
 namespace treeattn::testing {
@@ -28,15 +28,13 @@ Gradients run(const emulator::Kernel& kernel, const emulator::Kernel* dq_kernel,
     const TileConfig tile = parse_kernel_spec(dq_kernel->spec).tile;
     views.push_back({tile.block_m, tile.block_n});
   }
-  const PlanShape shape = p.plan_shape(views);
-  std::vector<int> plan(static_cast<std::size_t>(plan_offsets(shape).total_ints), -1);
-  build_plan_cpu(shape, p.plan_inputs(), plan.data());
+  const EmulatedPlan plan(p, views);
+  const PlanShape& shape = plan.shape;
   for (HostTensor* tensor : {&c.dq, &c.dk, &c.dv}) tensor->fill(std::nan(""));
   BackwardArgs args = c.backward_args();
   args.deterministic = dq_kernel != nullptr;
-  const Plan header = to_plan(shape);
-  args.plan = &header;
-  args.plan_buffer = plan.data();
+  args.plan = &plan.header;
+  args.plan_buffer = plan.buffer.data();
   const std::size_t bytes = backward_workspace_bytes(shape, shape_of(args), spec,
                                                      kEmulatedMultiprocessors, args.deterministic);
   std::vector<float> workspace(bytes / sizeof(float) + 1, std::nanf(""));
@@ -96,7 +94,7 @@ TEST_P(EmulatedBackward, RandomCasesAgreeWithTheOracle) {
   ASSERT_NE(dq_kernel, nullptr) << "its kernel for dq is not emulated";
   for (std::uint64_t seed = 0; seed < emulated_count(4); ++seed) {
     BackwardCase c = backward_case(seed, emulated_cases(problem));
-    const Emulate emulation = c.forward.dtype == DType::kF16 ? Emulate::kF16 : Emulate::kBF16;
+    const Emulate emulation = emulation_of(c.forward.dtype);
     const OracleCase exact = c.forward.oracle();
     c.set_forward(oracle_forward(exact, Emulate::kNothing, 1));
     const std::vector<double> dout = c.dout.to_doubles();

@@ -266,14 +266,6 @@ void settle(Mbarrier& barrier) {
   barrier.pending = barrier.arrivals;
 }
 
-void arrive(std::uint32_t address, std::uint32_t bytes) {
-  Mbarrier& barrier = mbarrier(address);
-  if (barrier.pending == 0) fail("more arrivals than a barrier was made for");
-  barrier.bytes += bytes;
-  --barrier.pending;
-  settle(barrier);
-}
-
 /// With the 128-byte swizzle: bits 4..6 of an address are exchanged with 7..9 (PTX ISA, matrices in
 /// shared memory).
 std::uint32_t swizzled(std::uint32_t address) {
@@ -532,7 +524,11 @@ void mbarrier_init(std::uint32_t address, std::uint32_t arrivals) {
 }
 
 void mbarrier_arrive(std::uint32_t address, std::uint32_t expected_bytes) {
-  arrive(address, expected_bytes);
+  Mbarrier& barrier = mbarrier(address);
+  if (barrier.pending == 0) fail("more arrivals than a barrier was made for");
+  barrier.bytes += expected_bytes;
+  --barrier.pending;
+  settle(barrier);
 }
 
 void mbarrier_arrive_after_copies(std::uint32_t address) {
@@ -545,7 +541,7 @@ void mbarrier_arrive_after_copies(std::uint32_t address) {
   thread.open_copies.clear();
   hand_to_engine([address, copies]() mutable {
     run_all(copies);
-    arrive(address, 0);
+    mbarrier_arrive(address, 0);
   });
 }
 

@@ -7,10 +7,12 @@
 #include <cstdint>
 #include <cstring>
 #include <ostream>
+#include <span>
 #include <string>
 #include <vector>
 
 #include "generator/kernel_spec.h"
+#include "runtime/attention/plan_cpu.h"
 #include "runtime/cuda/tensor_map.h"
 #include "tests/emulator/device.h"
 #include "tests/support/random_case.h"
@@ -71,6 +73,20 @@ inline TensorMap emulated_map(const emulator::Tensor& tensor) {
   std::memcpy(&map, &pointer, sizeof pointer);
   return map;
 }
+
+/// A case's plan in host memory.
+struct EmulatedPlan {
+  PlanShape shape;
+  Plan header;
+  std::vector<int> buffer;
+
+  EmulatedPlan(const RandomCase& problem, std::span<const PlanView> views)
+      : shape(problem.plan_shape(views)),
+        header(to_plan(shape)),
+        buffer(static_cast<std::size_t>(plan_offsets(shape).total_ints), -1) {
+    build_plan_cpu(shape, problem.plan_inputs(), buffer.data());
+  }
+};
 
 /// How many of `count` random cases there is time for: AddressSanitizer takes ten times as long.
 constexpr std::uint64_t emulated_count(std::uint64_t count) {

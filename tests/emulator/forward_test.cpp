@@ -8,9 +8,8 @@
 #include <vector>
 
 #include "generator/generate.h"
-#include "runtime/attention/plan_cpu.h"
 #include "tests/emulator/emulated_case.h"
-#include "tests/gpu/forward_bar.h"
+#include "tests/support/forward_bar.h"
 
 namespace treeattn::testing {
 namespace {
@@ -21,16 +20,14 @@ void run(const emulator::Kernel& kernel, RandomCase& c, std::vector<float>& lse,
   const KernelSpec spec = parse_kernel_spec(kernel.spec);
   const int heads_per_pack_log2 = packed ? most_heads_per_pack_log2(c.heads / c.heads_kv) : 0;
   const PlanView view{spec.tile.block_m >> heads_per_pack_log2, spec.tile.view_block_n()};
-  const PlanShape shape = c.plan_shape({&view, 1});
-  std::vector<int> plan(static_cast<std::size_t>(plan_offsets(shape).total_ints), -1);
-  build_plan_cpu(shape, c.plan_inputs(), plan.data());
+  const EmulatedPlan plan(c, {&view, 1});
+  const PlanShape& shape = plan.shape;
   c.out.fill(std::nan(""));
   lse.assign(static_cast<std::size_t>(c.heads) * c.total_q, std::nanf(""));
   std::vector<unsigned long long> workspace(kForwardWorkspaceBytes / 8, ~0ULL);
   ForwardArgs args = c.forward_args();
-  const Plan header = to_plan(shape);
-  args.plan = &header;
-  args.plan_buffer = plan.data();
+  args.plan = &plan.header;
+  args.plan_buffer = plan.buffer.data();
   args.lse = lse.data();
   args.workspace = workspace.data();
   args.workspace_bytes = kForwardWorkspaceBytes;

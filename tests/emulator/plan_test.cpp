@@ -6,7 +6,6 @@
 #include <vector>
 
 #include "runtime/attention/forward.h"
-#include "runtime/attention/plan_cpu.h"
 #include "tests/emulator/emulated_case.h"
 #include "tests/support/plan_difference.h"
 
@@ -27,11 +26,11 @@ std::vector<int> emulated_plan(const PlanShape& shape, const RandomCase& c) {
 
 void expect_same(const RandomCase& c) {
   constexpr PlanView kViews[] = {{128, 64}, {16, 64}, {64, 128}, {24, 32}};
-  const PlanShape shape = c.plan_shape(kViews);
-  const std::vector<int> device = emulated_plan(shape, c);
-  std::vector<int> host(device.size(), -1);
-  build_plan_cpu(shape, c.plan_inputs(), host.data());
-  EXPECT_EQ(plan_difference(PlanReader(shape, device.data()), PlanReader(shape, host.data())), "")
+  const EmulatedPlan host(c, kViews);
+  const std::vector<int> device = emulated_plan(host.shape, c);
+  EXPECT_EQ(plan_difference(PlanReader(host.shape, device.data()),
+                            PlanReader(host.shape, host.buffer.data())),
+            "")
       << c.describe();
 }
 

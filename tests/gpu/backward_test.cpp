@@ -11,6 +11,7 @@
 #include "generator/arch.h"
 #include "runtime/cuda/device.h"
 #include "tests/support/device_case.h"
+#include "tests/support/forward_bar.h"
 
 namespace treeattn::testing {
 namespace {
@@ -23,22 +24,19 @@ RandomCaseOptions gpu_cases() {
   return options;
 }
 
-Emulate emulation_of(DType dtype) {
-  return dtype == DType::kF16 ? Emulate::kF16 : Emulate::kBF16;
-}
-
 struct Expected {
   Gradients exact, emulated;
 };
 
-/// Cases with their oracle's gradients and loaded kernels, made on every core.
-void make_cases(int count, const RandomCaseOptions& options, std::vector<BackwardCase>& cases,
+/// Cases `make(n)` with their oracle's gradients and loaded kernels, made on every core.
+template <class Make>
+void make_cases(int count, const Make& make, std::vector<BackwardCase>& cases,
                 std::vector<Expected>& expected) {
   cases.resize(count);
   expected.resize(count);
   parallel_for(count, [&](int n) {
     BackwardCase& c = cases[n];
-    c = backward_case(static_cast<std::uint64_t>(n), options);
+    c = make(n);
     const Shape shape = shape_of_case(c.forward, true);
     gpu_engine().prepare({&shape, 1});
     const OracleCase problem = c.forward.oracle();
@@ -55,7 +53,9 @@ class Backward : public GpuTest {};
 TEST_F(Backward, ThreeHundredCasesAgreeWithTheOracle) {
   std::vector<BackwardCase> cases;
   std::vector<Expected> expected;
-  make_cases(kCases, gpu_cases(), cases, expected);
+  make_cases(
+      kCases, [](int n) { return backward_case(static_cast<std::uint64_t>(n), gpu_cases()); },
+      cases, expected);
   for (int n = 0; n < kCases; ++n) {
     const double bar = cases[n].forward.dtype == DType::kF16 ? 1e-3 : 4e-3;
     // Scores far beyond a softcap leave gradients of rounding noise: there the emulation is the
@@ -74,28 +74,27 @@ TEST_F(Backward, OfTheSm90FamilyAgreesWithTheOracle) {
   if (kernel_target(device_info(0), FamilyChoice::kAuto) != kSm90Target) {
     GTEST_SKIP() << "the sm90 family runs on compute capability 9.0";
   }
-  for (int n = 0; n < 64; ++n) {
+  const auto make = [](int n) {
     RandomCaseOptions options = gpu_cases();
     options.head_dim = 72 + n % 8 * 8;
-    if (n % 3 != 0) options.head_dim_v = options.head_dim;
-    if (n % 3 == 0) options.head_dim_v = 16 + n % 15 * 8;
+    options.head_dim_v = n % 3 == 0 ? 16 + n % 15 * 8 : *options.head_dim;
     options.softcap = false;
-    BackwardCase c = backward_case(static_cast<std::uint64_t>(5000 + n), options);
-    const OracleCase problem = c.forward.oracle();
-    c.set_forward(oracle_forward(problem));
-    const std::vector<double> dout = c.dout.to_doubles();
-    const Gradients exact = oracle_backward(problem, dout, c.dlse_doubles());
-    const Gradients emulated =
-        oracle_backward(problem, dout, c.dlse_doubles(), emulation_of(c.forward.dtype));
+    return backward_case(static_cast<std::uint64_t>(5000 + n), options);
+  };
+  std::vector<BackwardCase> cases;
+  std::vector<Expected> expected;
+  make_cases(64, make, cases, expected);
+  for (std::size_t n = 0; n < cases.size(); ++n) {
+    const RandomCase& c = cases[n].forward;
     const std::string spec =
-        fmt::format("bwd/sm90@sm_90a/{}/d{}v{}", c.forward.dtype == DType::kF16 ? "f16" : "bf16",
-                    c.forward.head_dim, c.forward.head_dim_v);
+        fmt::format("bwd/sm90@sm_90a/{}/d{}v{}", c.dtype == DType::kF16 ? "f16" : "bf16",
+                    c.head_dim, c.head_dim_v);
     for (const bool deterministic : {false, true}) {
-      const Gradients actual = device_backward(c, deterministic, spec);
-      EXPECT_EQ(judge_gradients(c.forward, exact, emulated, actual,
-                                c.forward.dtype == DType::kF16 ? 1e-3 : 4e-3),
+      const Gradients actual = device_backward(cases[n], deterministic, spec);
+      EXPECT_EQ(judge_gradients(c, expected[n].exact, expected[n].emulated, actual,
+                                c.dtype == DType::kF16 ? 1e-3 : 4e-3),
                 "")
-          << spec << " " << c.forward.describe();
+          << spec << " " << c.describe();
     }
   }
 }

@@ -15,8 +15,8 @@
 #include "generator/tile_space.h"
 #include "runtime/attention/arguments.h"
 #include "runtime/attention/plan.h"
-#include "tests/gpu/forward_bar.h"
 #include "tests/support/device_case.h"
+#include "tests/support/forward_bar.h"
 #include "treeattn/error.h"
 
 namespace treeattn::testing {

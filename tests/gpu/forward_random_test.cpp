@@ -9,8 +9,8 @@
 #include "generator/arch.h"
 #include "generator/kernel_spec.h"
 #include "generator/tile_space.h"
-#include "tests/gpu/forward_bar.h"
 #include "tests/support/device_case.h"
+#include "tests/support/forward_bar.h"
 
 namespace treeattn::testing {
 namespace {

@@ -10,8 +10,8 @@
 #include <utility>
 #include <vector>
 
-#include "tests/gpu/forward_bar.h"
 #include "tests/support/device_case.h"
+#include "tests/support/forward_bar.h"
 #include "treeattn/error.h"
 
 namespace treeattn::testing {

@@ -8,8 +8,8 @@
 
 #include "generator/arch.h"
 #include "generator/kernel_spec.h"
-#include "tests/gpu/forward_bar.h"
 #include "tests/support/device_case.h"
+#include "tests/support/forward_bar.h"
 #include "tests/support/log_capture.h"
 
 namespace treeattn::testing {

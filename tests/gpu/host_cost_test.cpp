@@ -13,9 +13,9 @@
 #include <thread>
 #include <vector>
 
-#include "tests/gpu/forward_bar.h"
 #include "tests/support/allocation_counter.h"
 #include "tests/support/device_case.h"
+#include "tests/support/forward_bar.h"
 
 namespace treeattn::testing {
 namespace {

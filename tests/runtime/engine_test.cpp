@@ -12,7 +12,7 @@
 #include <thread>
 #include <vector>
 
-#include "tests/gpu/forward_bar.h"
+#include "tests/support/forward_bar.h"
 #include "treeattn/error.h"
 
 namespace treeattn::testing {

@@ -67,13 +67,4 @@ __device__ __forceinline__ void setmaxnreg_inc() {}
 template <int kRegisters>
 __device__ __forceinline__ void setmaxnreg_dec() {}
 
-__host__ __device__ constexpr u64 matrix_layout(u32 leading_bytes, u32 stride_bytes) {
-  return static_cast<u64>(leading_bytes >> 4) << 16 | static_cast<u64>(stride_bytes >> 4) << 32 |
-         static_cast<u64>(1) << 62;
-}
-
-__device__ __forceinline__ u64 matrix_descriptor(u32 address, u64 layout) {
-  return layout | static_cast<u64>((address & 0x3ffff) >> 4);
-}
-
 }  // namespace treeattn
