@@ -255,8 +255,7 @@ struct Engine::Impl {
   void backward(const BackwardArgs& args, const PlanShape& plan, Stream stream) {
     const Shape shape = shape_of(args);
     const KernelSpec spec = kernel_spec(Pass::kBackward, shape, args.spec);
-    const BackwardLaunch work =
-        make_backward_launch(args, plan, spec, device.sm_count, device.l2_bytes);
+    const BackwardLaunch work = make_backward_launch(args, plan, spec, device.sm_count);
     const ContextScope scope(context);
     // Kernels are found before anything is launched: a miss must not leave half of the gradients.
     const LoadedKernel& kernel = kernel_for(spec, stream);

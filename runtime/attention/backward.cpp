@@ -14,26 +14,28 @@ namespace {
 
 constexpr std::int64_t kAlignFloats = 4;
 
-/// How many tiles and shares the schedule may hold. A tile is shared if it costs more than each of
-/// `slots` blocks has to do; its shares cost half of that, T. So there are fewer than
-/// 2 slots / heads_kv such tiles of a kv head and fewer than twice as many shares.
+/// How many tiles and shares the schedule may hold. For balance a tile is shared if it costs more
+/// than most of what each of `slots` blocks has to do; its shares cost half of that. So there are
+/// fewer than 2 slots / heads_kv such tiles of a kv head, and as many shares more than tiles. For
+/// the L2 any tile that enough rows see is shared by the query heads.
 struct ScheduleSizes {
   int max_split = 0;
   int max_units = 0;
 };
 
 ScheduleSizes schedule_sizes(const PlanShape& plan, const Shape& shape, const KernelSpec& spec,
-                             int slots, bool deterministic) {
+                             int slots, bool deterministic, int heads_apart_octave) {
   // Another order of summands with other totals would be another gradient.
   if (deterministic || plan.total_k == 0) return {};
   const std::int64_t tiles = tile_slots(plan.total_k, plan.batch, spec.tile.block_n);
   const std::int64_t steps =
       (std::int64_t{plan.total_q} / spec.tile.block_m + 1) * (shape.heads / shape.heads_kv);
-  const std::int64_t most_shares = (steps + kLeastSteps - 1) / kLeastSteps;
-  if (most_shares < 2) return {};
+  const int heads_per_kv = shape.heads / shape.heads_kv;
+  const bool apart = heads_per_kv > 1 && octave(plan.total_q) >= heads_apart_octave;
+  if (!apart && steps <= kLeastSteps) return {};
   const std::int64_t fair = 2 * slots / shape.heads_kv + 1;
-  return {static_cast<int>(std::min(tiles, fair)),
-          static_cast<int>(std::min(tiles * most_shares, 2 * fair))};
+  const std::int64_t split = apart ? tiles : std::min(tiles, fair);
+  return {static_cast<int>(split), static_cast<int>(split * heads_per_kv + fair)};
 }
 
 /// Sections of the workspace, in floats from its start; each is 16-byte aligned.
@@ -52,13 +54,12 @@ WorkspaceOffsets workspace_offsets(const PlanShape& plan, const Shape& shape,
     return begin;
   };
   const std::int64_t rows = std::int64_t{shape.heads} * plan.total_q;
-  const std::int64_t keys = std::int64_t{sizes.max_units} * shape.heads_kv * spec.tile.block_n;
+  const std::int64_t keys = std::int64_t{sizes.max_split} * shape.heads_kv * spec.tile.block_n;
   WorkspaceOffsets o{};
   o.lse_log2 = take(rows);
   o.delta = take(rows);
   o.dq = take(deterministic ? 0 : rows * padded(shape.head_dim));
-  o.schedule = take(kScheduleHeaderInts + std::int64_t{sizes.max_units} * kScheduleUnitInts +
-                    std::int64_t{sizes.max_split} * kScheduleTileInts);
+  o.schedule = take(kScheduleHeaderInts + std::int64_t{sizes.max_units} * kScheduleUnitInts);
   o.dk = take(keys * padded(shape.head_dim));
   o.dv = take(keys * padded(value_head_dim(shape.head_dim, shape.head_dim_v)));
   o.total = at;
@@ -109,9 +110,11 @@ PlanShape check_backward(const BackwardArgs& args, bool cuda) {
 }
 
 std::size_t backward_workspace_bytes(const PlanShape& plan, const Shape& shape,
-                                     const KernelSpec& spec, int sm_count, bool deterministic) {
+                                     const KernelSpec& spec, int sm_count, bool deterministic,
+                                     int heads_apart_octave) {
   const int slots = sm_count * blocks_per_sm(spec);
-  const ScheduleSizes sizes = schedule_sizes(plan, shape, spec, slots, deterministic);
+  const ScheduleSizes sizes =
+      schedule_sizes(plan, shape, spec, slots, deterministic, heads_apart_octave);
   const WorkspaceOffsets at = workspace_offsets(plan, shape, spec, sizes, deterministic);
   return static_cast<std::size_t>(at.total) * sizeof(float);
 }
@@ -148,16 +151,18 @@ std::string describe_misfit(const BackwardTensorMaps& maps) {
 }
 
 BackwardLaunch make_backward_launch(const BackwardArgs& args, const PlanShape& plan,
-                                    const KernelSpec& spec, int sm_count, std::int64_t l2_bytes) {
+                                    const KernelSpec& spec, int sm_count, int heads_apart_octave) {
   BackwardLaunch launch;
   const Shape shape = shape_of(args);
   const int view = require_view(plan, spec);
   const PlanOffsets at = plan_offsets(plan);
   BackwardParams& p = launch.params;
   p.slots = sm_count * blocks_per_sm(spec);
-  const ScheduleSizes sizes = schedule_sizes(plan, shape, spec, p.slots, args.deterministic);
+  const ScheduleSizes sizes =
+      schedule_sizes(plan, shape, spec, p.slots, args.deterministic, heads_apart_octave);
   p.max_units = sizes.max_units;
   p.max_split = sizes.max_split;
+  p.heads_apart_octave = heads_apart_octave;
   const WorkspaceOffsets work = workspace_offsets(plan, shape, spec, sizes, args.deterministic);
   check_workspace(args.workspace, args.workspace_bytes,
                   static_cast<std::size_t>(work.total) * sizeof(float), "backward_workspace_bytes");
@@ -177,8 +182,8 @@ BackwardLaunch make_backward_launch(const BackwardArgs& args, const PlanShape& p
   p.delta = workspace + work.delta;
   p.dq_accumulator = args.deterministic ? nullptr : workspace + work.dq;
   p.schedule = reinterpret_cast<int*>(workspace + work.schedule);
-  p.dk_shares = workspace + work.dk;
-  p.dv_shares = workspace + work.dv;
+  p.dk_accumulator = workspace + work.dk;
+  p.dv_accumulator = workspace + work.dv;
   p.q_token_stride = args.q.token_stride;
   p.q_head_stride = args.q.head_stride;
   p.k_token_stride = args.k.token_stride;
@@ -197,12 +202,16 @@ BackwardLaunch make_backward_launch(const BackwardArgs& args, const PlanShape& p
   p.dv_head_stride = args.dv.head_stride;
   p.key_tiles = at.views[view].key_tiles;
   p.key_order = at.views[view].key_order;
+  p.key_rank = at.views[view].key_rank;
   p.first = at.first;
   p.len = at.len;
   p.cu_q = at.cu_q;
   p.seq_fault = at.seq_fault;
   p.key_tile_count = kMetaKeyTiles + view;
+  p.key_rows = kMetaKeyRows + 2 * view;
   p.max_key_tiles = tile_slots(plan.total_k, plan.batch, spec.tile.block_n);
+  // Each costs a quarter of what a slot has to do.
+  p.max_heavy = std::min(p.max_key_tiles, 4 * p.slots / args.heads_kv + 1);
   p.batch = plan.batch;
   p.total_q = plan.total_q;
   p.total_k = plan.total_k;
@@ -215,17 +224,13 @@ BackwardLaunch make_backward_launch(const BackwardArgs& args, const PlanShape& p
   p.scale_log2 = static_cast<float>((capped ? args.softcap : args.softmax_scale) * kLog2E);
   p.softcap_in = capped ? static_cast<float>(args.softmax_scale / args.softcap) : 0.0F;
 
-  // Blocks read the rows of their heads again and again; their keys they read once.
-  const std::int64_t row_bytes = std::int64_t{2} * (args.head_dim + dim_v) +
-                                 std::int64_t{args.deterministic ? 0 : 4} * args.head_dim;
-  p.fitting_kv_heads =
-      kv_heads_in_group(args.heads_kv, row_bytes * plan.total_q * p.heads_per_kv, l2_bytes);
-
   const auto heads = static_cast<unsigned>(args.heads);
-  launch.prepare = {1 + blocks_of(plan.total_q, kElementwiseThreads / ceil_pow2(dim_v / 8)), heads};
+  launch.prepare = {1 + blocks_of(plan.total_q, kElementwiseThreads / ceil_pow2(dim_v / 8)) +
+                        blocks_of(p.max_split, p.heads_per_kv),
+                    heads};
   if (plan.total_k > 0) {
-    launch.main.x =
-        check_blocks((std::int64_t{p.max_key_tiles} + p.max_units) * args.heads_kv, spec);
+    launch.main.x = check_blocks(
+        (std::int64_t{p.max_key_tiles} + p.max_units + p.max_heavy) * args.heads_kv, spec);
   }
   const BackwardConfig config = backward_config(spec);
   const std::int64_t dk_dv = std::int64_t{p.max_split} * args.heads_kv * config.tile_sum_blocks();

@@ -17,7 +17,8 @@ Shape shape_of(const BackwardArgs& args);
 PlanShape check_backward(const BackwardArgs& args, bool cuda);
 
 std::size_t backward_workspace_bytes(const PlanShape& plan, const Shape& shape,
-                                     const KernelSpec& spec, int sm_count, bool deterministic);
+                                     const KernelSpec& spec, int sm_count, bool deterministic,
+                                     int heads_apart_octave = kHeadsApartOctave);
 
 /// The backward launches as plain data, in launch order.
 struct BackwardLaunch {
@@ -25,7 +26,8 @@ struct BackwardLaunch {
   Grid prepare, main, sum;
 };
 BackwardLaunch make_backward_launch(const BackwardArgs& args, const PlanShape& plan,
-                                    const KernelSpec& spec, int sm_count, std::int64_t l2_bytes);
+                                    const KernelSpec& spec, int sm_count,
+                                    int heads_apart_octave = kHeadsApartOctave);
 
 /// What the main kernel of the sm90 family reads, as it reads it.
 struct BackwardTensorMaps {

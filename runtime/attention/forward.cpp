@@ -39,21 +39,16 @@ int most_heads_per_pack_log2(int heads_per_kv) {
   return log2;
 }
 
-int heads_per_pack_log2_for(const Shape& shape, bool pack) {
-  return pack ? most_heads_per_pack_log2(shape.heads / shape.heads_kv) : 0;
+int heads_per_pack_log2_for(const Shape& shape) {
+  return std::min(2, most_heads_per_pack_log2(shape.heads / shape.heads_kv));
 }
 
-ForwardView forward_view(const PlanShape& plan, const TileConfig& tile, int heads_per_kv,
-                         bool pack) {
-  const auto held = [&](int log2) {
-    return ForwardView{find_view(plan, tile.block_m >> log2, tile.view_block_n()), log2};
-  };
-  const ForwardView unpacked = held(0);
-  if (!pack && unpacked.view >= 0) return unpacked;
-  for (int log2 = most_heads_per_pack_log2(heads_per_kv); log2 > 0; --log2) {
-    if (const ForwardView packed = held(log2); packed.view >= 0) return packed;
+ForwardView forward_view(const PlanShape& plan, const TileConfig& tile, int heads_per_kv) {
+  int log2 = most_heads_per_pack_log2(heads_per_kv);
+  for (;; --log2) {
+    const int view = find_view(plan, tile.block_m >> log2, tile.view_block_n());
+    if (view >= 0 || log2 == 0) return {view, log2};
   }
-  return unpacked;
 }
 
 ForwardLaunch make_forward_launch(const ForwardArgs& args, const PlanShape& plan,

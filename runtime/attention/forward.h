@@ -22,21 +22,17 @@ PlanShape check_forward(const ForwardArgs& args, bool cuda);
 
 /// Log2 of the most query heads of one kv head that the rows of a forward tile can be shared by.
 int most_heads_per_pack_log2(int heads_per_kv);
-/// Whether plan_for() makes the views of packed tiles. Off until it is measured on a GPU.
-inline constexpr bool kPackHeads = false;
-/// Log2 of the query heads that share a forward tile's rows in plans that plan_for() makes.
-int heads_per_pack_log2_for(const Shape& shape, bool pack = kPackHeads);
+/// Log2 of the query heads that share a forward tile's rows in plans that plan_for() makes: up to
+/// four, since eight brought no more and make a plan's tile lists twice as long.
+int heads_per_pack_log2_for(const Shape& shape);
 
 /// Which of a plan's views a forward kernel walks.
 struct ForwardView {
   int view;                 ///< -1: the plan holds none for the tile
   int heads_per_pack_log2;  ///< query heads that share the tile's rows
 };
-/// The view with the most heads a tile; without `pack` the unpacked one comes first, since
-/// backward's views may have the size of a packed one. What the plan lacks is passed over, so one
-/// that holds a single view for the tile is walked by it.
-ForwardView forward_view(const PlanShape& plan, const TileConfig& tile, int heads_per_kv,
-                         bool pack = kPackHeads);
+/// The view with the most heads a tile that the plan holds, whatever it was made for.
+ForwardView forward_view(const PlanShape& plan, const TileConfig& tile, int heads_per_kv);
 
 /// What kernels of the sm90 family need: the counter of items. Contents do not matter.
 inline constexpr std::size_t kForwardWorkspaceBytes = 16;

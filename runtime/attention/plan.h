@@ -65,6 +65,11 @@ class PlanReader {
   std::span<const KeyOrder> key_order(int view) const {
     return records<KeyOrder>(at_.views[view].key_order, buffer_[kMetaKeyTiles + view]);
   }
+  /// By slot.
+  std::span<const int> key_rank(int view) const {
+    return records<int>(at_.views[view].key_rank,
+                        tile_slots(shape_.total_k, shape_.batch, shape_.views[view].block_n));
+  }
 
  private:
   template <class Record>

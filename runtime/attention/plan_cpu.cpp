@@ -4,6 +4,7 @@
 #include <climits>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <numeric>
 #include <vector>
 
@@ -305,19 +306,19 @@ class PlanBuilder {
         key += keys;
       }
     }
-    const auto weight = [&](const KeyOrder& entry) {
-      const KeyTile& tile = key_tiles[entry.slot];
-      return tile.max_last < 0 ? 0 : tile.max_last - tile.min_first + 1;
-    };
-    int most = 0;
-    for (const KeyOrder& entry : order) most = std::max(most, weight(entry));
-    const int shift = plan_order_shift(most);
+    const auto rows = [&](const KeyOrder& entry) { return rows_spanned(key_tiles[entry.slot]); };
     std::stable_sort(order.begin(), order.end(), [&](const KeyOrder& x, const KeyOrder& y) {
-      return weight(x) >> shift > weight(y) >> shift;
+      return octave(rows(x)) > octave(rows(y));
     });
     plan_[kMetaKeyTiles + v] = static_cast<int>(order.size());
+    std::int64_t spanned = 0;
+    for (const KeyOrder& entry : order) spanned += rows(entry);
+    std::memcpy(plan_ + kMetaKeyRows + 2 * v, &spanned, sizeof(spanned));
     std::copy(order.begin(), order.end(),
               reinterpret_cast<KeyOrder*>(plan_ + at_.views[v].key_order));
+    int* const rank = plan_ + at_.views[v].key_rank;
+    std::fill_n(rank, tile_slots(shape_.total_k, shape_.batch, block_n), INT_MAX);
+    for (std::size_t i = 0; i < order.size(); ++i) rank[order[i].slot] = static_cast<int>(i);
   }
 
   const PlanShape shape_;

@@ -444,16 +444,15 @@ __device__ __forceinline__ void store_gradient(const float (&c)[kKeyRows][kPairs
   }
 }
 
-/// Writes a block's share of a gradient tile to its own f32 rows; backward_sum.cuh adds the shares
-/// up.
+/// Adds a block's share of a gradient tile to the tile's f32 rows, which backward_sum.cuh reads.
 template <int kPairs, int kPadded>
-__device__ __forceinline__ void store_share(const float (&c)[kKeyRows][kPairs * 2][4],
-                                            const Place& at, float* share) {
+__device__ __forceinline__ void add_share(const float (&c)[kKeyRows][kPairs * 2][4],
+                                          const Place& at, float* accumulator) {
   const int pair0 = static_cast<int>(at.grad_half()) * kPairs;
-  float* to = share + pair0 * 16 + at.lane % 4 * 4;
+  float* to = accumulator + pair0 * 16 + at.lane % 4 * 4;
   put_rows<kKeyRows, kPairs>(
       c, at.grad_key() + at.lane / 4, kN, min(kPairs, kPadded / 16 - pair0),
-      [&](int i, int n, const Float4& v) { st_global_float4(to + i * kPadded + n * 16, v); });
+      [&](int i, int n, const Float4& v) { red_add_float4(to + i * kPadded + n * 16, v); });
 }
 
 /// P and dS of one step, for the warp's rows and keys, into shared memory.
@@ -598,10 +597,10 @@ __device__ __forceinline__ void store_tiles(const BackwardParams& p, const Place
                                             const float (&dk)[kKeyRows][kDimPairs * 2][4],
                                             const float (&dv)[kKeyRows][kDimVPairs * 2][4]) {
   const Work work = Work::load(at.smem);
-  if (work.unit >= 0) {
-    const i64 slab = static_cast<i64>(work.unit) * p.heads_kv + work.kv_head;
-    store_share<kDimPairs, kDim>(dk, at, p.dk_shares + slab * kN * kDim);
-    store_share<kDimVPairs, kDimV>(dv, at, p.dv_shares + slab * kN * kDimV);
+  if (work.shared_tile >= 0) {
+    const i64 slab = static_cast<i64>(work.shared_tile) * p.heads_kv + work.kv_head;
+    add_share<kDimPairs, kDim>(dk, at, p.dk_accumulator + slab * kN * kDim);
+    add_share<kDimVPairs, kDimV>(dv, at, p.dv_accumulator + slab * kN * kDimV);
     return;
   }
   store_gradient<QkRows, kDimPairs, kConfig.head_dim, kDim>(

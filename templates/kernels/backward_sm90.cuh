@@ -473,7 +473,7 @@ struct Consumer {
     }
   }
 
-  /// A gradient of this thread's keys: 16-bit rows, or this block's share in f32.
+  /// A gradient of this thread's keys: 16-bit rows, or its share added to rows in f32.
   template <int kDims>
   __device__ __forceinline__ void store(const float (&c)[kDims / 2], float scale, u16* out,
                                         i64 row_stride, int keys) const {
@@ -484,18 +484,18 @@ struct Consumer {
     }
   }
   template <int kDims>
-  __device__ __forceinline__ void store_share(const float (&c)[kDims / 2], float* share) const {
+  __device__ __forceinline__ void add_share(const float (&c)[kDims / 2], float* accumulator) const {
     constexpr int kTiles = kDims / 8;
     constexpr int kPadded = (kDims + 15) / 16 * 16;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float* const to = share + (key() + r * 8) * kPadded + lane % 4 * 4;
+      float* const to = accumulator + (key() + r * 8) * kPadded + lane % 4 * 4;
 #pragma unroll
       for (int n = 0; n < kTiles; n += 2) {
         const int at = n * 4 + r * 2;
         const bool whole = n + 1 < kTiles;
-        st_global_float4(to + n * 8, Float4{c[at], c[at + 1], whole ? c[at + 4] : 0.0f,
-                                            whole ? c[at + 5] : 0.0f});
+        red_add_float4(to + n * 8, Float4{c[at], c[at + 1], whole ? c[at + 4] : 0.0f,
+                                          whole ? c[at + 5] : 0.0f});
       }
     }
   }
@@ -511,10 +511,10 @@ struct Consumer {
     const Work work = Work::load(smem.base);
     if (seen && f.dq_accumulator != nullptr) walk_rows<true>(work, dk, dv);
     if (seen && f.dq_accumulator == nullptr) walk_rows<false>(work, dk, dv);
-    if (work.unit >= 0) {
-      const i64 slab = static_cast<i64>(work.unit) * f.heads_kv + work.kv_head;
-      store_share<kConfig.head_dim>(dk, f.dk_shares + slab * kN * kDim);
-      store_share<kConfig.head_dim_v>(dv, f.dv_shares + slab * kN * kDimV);
+    if (work.shared_tile >= 0) {
+      const i64 slab = static_cast<i64>(work.shared_tile) * f.heads_kv + work.kv_head;
+      add_share<kConfig.head_dim>(dk, f.dk_accumulator + slab * kN * kDim);
+      add_share<kConfig.head_dim_v>(dv, f.dv_accumulator + slab * kN * kDimV);
       return;
     }
     store<kConfig.head_dim>(

@@ -1,9 +1,9 @@
-// Turns f32 accumulators into gradients: adds up the shares of dk and dv, and scales and rounds dq.
-// One launch for both: each costs the host as much as the rest of a call.
+// Turns f32 accumulators into gradients: scales and rounds dq, and dk and dv of shared tiles. One
+// launch for all: each costs the host as much as the rest of a call.
 //
-// Work      a thread makes 16 dims of one row of one head. First the blocks of dk and dv, which may
-//           have many shares to read: tile by tile, kv head by kv head; those of tiles that nobody
-//           shares have nothing to do. Then those of dq, head by head.
+// Work      a thread makes 16 dims of one row of one head. First the blocks of dk and dv, tile by
+//           tile, kv head by kv head; those of tiles that nobody shares have nothing to do. Then
+//           those of dq, head by head.
 // Pipeline  none: everything is read and written once, in 16-byte chunks.
 // Barriers  none.
 // Registers what 16 dims take.
@@ -18,25 +18,13 @@ namespace backward {
 /// Packed NaNs of the kernel's type.
 inline constexpr int kNanPair = kConfig.dtype == KernelDType::kF16 ? 0x7e007e00 : 0x7fc07fc0;
 
-/// Writes 16 dims (8 at the end of a head dim that is no multiple of 16) from `shares`
-/// accumulators, which hold a pair of 8-dim MMA tiles as add_rows() leaves it: {tile 0 dims 2t, 2t
-/// + 1, tile 1 dims 2t, 2t + 1} for t = 0..3.
-__device__ __forceinline__ void sum_pair(const float* from, int shares, i64 share_stride,
-                                         float scale, u16* to, bool whole) {
+/// Writes 16 dims (8 at the end of a head dim that is no multiple of 16) from an accumulator, which
+/// holds a pair of 8-dim MMA tiles as put_rows() leaves it: {tile 0 dims 2t, 2t + 1, tile 1 dims
+/// 2t, 2t + 1} for t = 0..3.
+__device__ __forceinline__ void write_pair(const float* from, float scale, u16* to, bool whole) {
   Float4 v[4];
 #pragma unroll
   for (int t = 0; t < 4; ++t) v[t] = ld_global_float4(from + t * 4);
-#pragma unroll 1  // more in flight would take registers from dq, which has one share
-  for (int share = 1; share < shares; ++share) {
-#pragma unroll
-    for (int t = 0; t < 4; ++t) {
-      const Float4 w = ld_global_float4(from + share * share_stride + t * 4);
-      v[t].x += w.x;
-      v[t].y += w.y;
-      v[t].z += w.z;
-      v[t].w += w.w;
-    }
-  }
   u32 low[4], high[4];
 #pragma unroll
   for (int t = 0; t < 4; ++t) {
@@ -90,28 +78,26 @@ __device__ __forceinline__ void write_dq(const BackwardParams& p, int block) {
   const float* from = p.dq_accumulator +
                       (static_cast<i64>(head) * p.total_q + row) * kConfig.padded_dim() +
                       place * 16;
-  sum_pair(from, 1, 0, p.softmax_scale, to, whole);
+  write_pair(from, p.softmax_scale, to, whole);
 }
 
 /// Part `part` of the gradient `out` of a tile's keys.
 template <int kDims>
-__device__ __forceinline__ void sum_tile(const BackwardParams& p, int tile, int head, int part,
-                                         const float* shares, float scale, void* out,
-                                         i64 token_stride, i64 head_stride) {
+__device__ __forceinline__ void write_tile(const BackwardParams& p, int tile, int head, int part,
+                                           const float* accumulator, float scale, void* out,
+                                           i64 token_stride, i64 head_stride) {
   constexpr int kPadded = (kDims + 15) / 16 * 16;
   constexpr int kPairs = kPadded / 16;
   constexpr i64 kSlab = static_cast<i64>(kConfig.block_n) * kPadded;
   const int i = part * kElementwiseThreads + static_cast<int>(threadIdx.x);
-  const int* entry =
-      p.schedule + kScheduleHeaderInts + p.max_units * kScheduleUnitInts + tile * kScheduleTileInts;
   const Int4 order = ld_plan_int4(p.plan + p.key_order + 4LL * tile);
-  const float* from = shares + (static_cast<i64>(entry[0]) * p.heads_kv + head) * kSlab;
+  const float* from = accumulator + (static_cast<i64>(tile) * p.heads_kv + head) * kSlab;
   u16* to = static_cast<u16*>(out) + order.y * token_stride + head * head_stride;
   const int key = i / kPairs;
   const int pair = i - key * kPairs;
   if (key >= order.z) return;
-  sum_pair(from + key * kPadded + pair * 16, entry[1], p.heads_kv * kSlab, scale,
-           to + key * token_stride + pair * 16, pair * 16 + 16 <= kDims);
+  write_pair(from + key * kPadded + pair * 16, scale, to + key * token_stride + pair * 16,
+             pair * 16 + 16 <= kDims);
 }
 
 /// `block` counts the blocks of dk and dv: those of the tiles that several blocks shared have work.
@@ -123,21 +109,21 @@ __device__ __forceinline__ void write_dk_dv(const BackwardParams& p, int block) 
   const int head = head_of_tile - tile * p.heads_kv;
   if (tile >= p.schedule[0]) return;
   if (part % 2 == 0) {
-    sum_tile<kConfig.head_dim>(p, tile, head, part / 2, p.dk_shares, p.softmax_scale, p.dk,
-                               p.dk_token_stride, p.dk_head_stride);
+    write_tile<kConfig.head_dim>(p, tile, head, part / 2, p.dk_accumulator, p.softmax_scale, p.dk,
+                                 p.dk_token_stride, p.dk_head_stride);
   } else {
-    sum_tile<kConfig.head_dim_v>(p, tile, head, part / 2, p.dv_shares, 1.0f, p.dv,
-                                 p.dv_token_stride, p.dv_head_stride);
+    write_tile<kConfig.head_dim_v>(p, tile, head, part / 2, p.dv_accumulator, 1.0f, p.dv,
+                                   p.dv_token_stride, p.dv_head_stride);
   }
 }
 
 __device__ __forceinline__ void sum(const BackwardParams& p) {
   const int block = static_cast<int>(blockIdx.x);
-  const int shares = p.max_split * p.heads_kv * kConfig.tile_sum_blocks();
-  if (block < shares) {
+  const int tiles = p.max_split * p.heads_kv * kConfig.tile_sum_blocks();
+  if (block < tiles) {
     write_dk_dv(p, block);
   } else {
-    write_dq(p, block - shares);
+    write_dq(p, block - tiles);
   }
 }
 

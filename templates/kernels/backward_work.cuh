@@ -14,12 +14,13 @@ inline constexpr int kGroupKeys = kN / kGroups;
 /// What a block works on. It lies in shared memory and is read again where it is needed.
 struct Work {
   int key0, keys;
-  int kv_head, unit;   ///< unit: -1 if the tile is this block's alone
+  int kv_head;
+  int shared_tile;     ///< whose accumulators the block adds to; -1 if the tile is its alone
   int row0, row_last;  ///< rows that may see the keys: none if row_last is -1
   int begin, end;      ///< steps of this block, over row tiles and then query heads
 
   __device__ __forceinline__ void store(u32 smem) const {
-    st_shared_int4(smem + kConfig.work_offset(), Int4{key0, keys, kv_head, unit});
+    st_shared_int4(smem + kConfig.work_offset(), Int4{key0, keys, kv_head, shared_tile});
     st_shared_int4(smem + kConfig.work_offset() + 16, Int4{row0, row_last, begin, end});
   }
   __device__ __forceinline__ static Work load(u32 smem) {
@@ -29,37 +30,52 @@ struct Work {
   }
 };
 
+/// Of `count` items for every kv head, in groups of `together` kv heads, the one at `index`.
+__device__ __forceinline__ int find_item(int index, int count, int together, int heads_kv,
+                                         int& kv_head) {
+  const int per_group = count * together;
+  const int group = index / per_group;
+  const int kv_heads = min(together, heads_kv - group * together);
+  const int in_group = index - group * per_group;
+  const int item = in_group / kv_heads;
+  kv_head = group * together + (in_group - item * kv_heads);
+  return item;
+}
+
 /// The tile, share and kv head of this block; false if there is none.
-__device__ __forceinline__ bool find_unit(const BackwardParams& p, ScheduleUnit& unit, int& kv_head,
-                                          int& unit_index) {
+__device__ __forceinline__ bool find_unit(const BackwardParams& p, ScheduleUnit& unit,
+                                          int& kv_head) {
   const Int4 header = ld_plan_int4(p.schedule);
   const int split = header.x;
   const int units = header.y;
-  const int block = static_cast<int>(blockIdx.x);
+  const int heavy = header.z;
+  int block = static_cast<int>(blockIdx.x);
   if (block < units * p.heads_kv) {
-    unit_index = block / p.heads_kv;
-    kv_head = block - unit_index * p.heads_kv;
-    const Int4 u = ld_plan_int4(p.schedule + kScheduleHeaderInts + unit_index * kScheduleUnitInts);
+    // Units are mostly query heads of a tile, and walked at the same time.
+    const int together = max(1, kHeadsTogether / p.heads_per_kv);
+    const int i = find_item(block, units, together, p.heads_kv, kv_head);
+    const Int4 u = ld_plan_int4(p.schedule + kScheduleHeaderInts + i * kScheduleUnitInts);
     unit = ScheduleUnit{u.x, u.y, u.z, 0};
     return true;
   }
-  const int tiles = p.plan[p.key_tile_count] - split;
-  const int rest = block - units * p.heads_kv;
-  if (rest >= tiles * p.heads_kv) return false;
-  const int per_group = tiles * header.z;
-  const int group = rest / per_group;
-  const int kv_heads = min(header.z, p.heads_kv - group * header.z);
-  const int in_group = rest - group * per_group;
-  unit = ScheduleUnit{split + in_group / kv_heads, 0, 1, 0};
-  kv_head = group * header.z + in_group % kv_heads;
-  unit_index = -1;
-  return true;
+  block -= units * p.heads_kv;
+  unit = ScheduleUnit{0, 0, 1, 0};
+  if (block < (heavy - split) * p.heads_kv) {
+    unit.tile = split + find_item(block, heavy - split, p.heads_kv, p.heads_kv, kv_head);
+    return true;
+  }
+  block -= (heavy - split) * p.heads_kv;
+  if (block >= p.max_key_tiles * p.heads_kv) return false;
+  const int slot = find_item(block, p.max_key_tiles, kHeadsTogether, p.heads_kv, kv_head);
+  unit.tile = p.plan[p.key_rank + slot];
+  return unit.tile >= heavy && unit.tile != kIntMax;
 }
 
 /// False if there is nothing for this block; `invalid` if the keys' sequence is.
 __device__ __forceinline__ bool assign(const BackwardParams& p, Work& work, bool& invalid) {
   ScheduleUnit unit;
-  if (!find_unit(p, unit, work.kv_head, work.unit)) return false;
+  if (!find_unit(p, unit, work.kv_head)) return false;
+  work.shared_tile = unit.tile < p.schedule[0] ? unit.tile : -1;
   const Int4 order = ld_plan_int4(p.plan + p.key_order + 4LL * unit.tile);
   const Int4 bounds = ld_plan_int4(p.plan + p.key_tiles + static_cast<i64>(order.x) * kKeyTileInts);
   invalid = order.w < p.batch && p.plan[p.seq_fault + order.w] != 0;

@@ -66,22 +66,22 @@ __device__ __forceinline__ void mark_fault(const PlanParams& p, int b, int kind,
 }
 
 /// Inclusive scan over the block; `carry` enters the first value and leaves as the total.
-template <class Op>
-__device__ __forceinline__ int block_scan(int value, int& carry, int* shared, Op op) {
+template <class T, class Op>
+__device__ __forceinline__ T block_scan(T value, T& carry, T* shared, Op op) {
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
 #pragma unroll
   for (int d = 1; d < 32; d *= 2) {
-    const int other = __shfl_up_sync(kFullWarp, value, d);
+    const T other = __shfl_up_sync(kFullWarp, value, d);
     if (lane >= d) value = op(other, value);
   }
   if (lane == 31) shared[warp] = value;
   __syncthreads();
   if (warp == 0) {
-    int sum = shared[lane];
+    T sum = shared[lane];
 #pragma unroll
     for (int d = 1; d < 32; d *= 2) {
-      const int other = __shfl_up_sync(kFullWarp, sum, d);
+      const T other = __shfl_up_sync(kFullWarp, sum, d);
       if (lane >= d) sum = op(other, sum);
     }
     shared[lane] = sum;
@@ -95,7 +95,10 @@ __device__ __forceinline__ int block_scan(int value, int& carry, int* shared, Op
 }
 
 struct Add {
-  __device__ __forceinline__ int operator()(int a, int b) const { return a + b; }
+  template <class T>
+  __device__ __forceinline__ T operator()(T a, T b) const {
+    return a + b;
+  }
 };
 struct Max {
   __device__ __forceinline__ int operator()(int a, int b) const { return max(a, b); }
@@ -399,22 +402,26 @@ __device__ __forceinline__ void order_query_tiles(const PlanParams& p, int v, in
 
 __device__ __forceinline__ void order_key_tiles(const PlanParams& p, int v, int* bins,
                                                 int* shared) {
+  __shared__ i64 wide_shared[32];
   const int block_n = p.shape.views[v].block_n;
   const int batch = p.shape.batch;
   const int slots = tile_slots(p.shape.total_k, batch, block_n);
-  const int slots_m = tile_slots(p.shape.total_q, batch, p.shape.views[v].block_m);
   const int* cu_k = p.plan + p.offsets.cu_k;
   const int* bounds = p.plan + p.offsets.views[v].key_tiles;
-  int* keys = p.plan + p.offsets.views[v].scratch + plan_align(slots_m + 1) +
-              (2LL * plan_levels(slots_m) + 1) * slots_m;
+  int* keys = p.plan + p.offsets.views[v].key_rank;
+  i64 spanned = 0;
+  i64 spanned_sum = 0;
   for (int i = threadIdx.x; i < slots; i += kBlock) {
     int tile;
     const int b = find_slot(cu_k, batch, block_n, i, tile);
     const int present = sequence_end(cu_k, batch, b, p.shape.total_k) - cu_k[b] - tile * block_n;
     const Int4 t = ld_plan_int4(bounds + static_cast<i64>(i) * kKeyTileInts);
-    keys[i] = present <= 0 ? kIntMax : t.y < 0 ? 0 : t.y - t.x + 1;
+    const int rows = rows_spanned(KeyTile{t.x, t.y, t.z, t.w});
+    keys[i] = present <= 0 ? kIntMax : octave(rows);
+    if (present > 0) spanned += rows;
   }
   __syncthreads();
+  block_scan(spanned, spanned_sum, wide_shared, Add{});
   const int count = sort_positions(keys, slots, bins, shared);
   int* order = p.plan + p.offsets.views[v].key_order;
   for (int i = threadIdx.x; i < slots; i += kBlock) {
@@ -425,7 +432,10 @@ __device__ __forceinline__ void order_key_tiles(const PlanParams& p, int v, int*
     const int present = min(block_n, sequence_end(cu_k, batch, b, p.shape.total_k) - key0);
     st_global_int4(order + 4LL * keys[i], Int4{i, key0, present, b});
   }
-  if (threadIdx.x == 0) p.plan[kMetaKeyTiles + v] = count;
+  if (threadIdx.x == 0) {
+    p.plan[kMetaKeyTiles + v] = count;
+    *reinterpret_cast<i64*>(p.plan + kMetaKeyRows + 2 * v) = spanned_sum;
+  }
 }
 
 __device__ __forceinline__ void query_tiles(const PlanParams& p) {

@@ -76,11 +76,12 @@ struct ForwardSm90Params {
 };
 
 /// How the main backward kernel's work is dealt out; made on the device, before it starts. Blocks
-/// first take the units of tiles that several blocks share, for all kv heads, then whole tiles.
+/// first take the units of tiles that several blocks share, then whole tiles that would make others
+/// wait if they came last, then the rest as it lies in memory.
 struct ScheduleHeader {
-  int split;     ///< tiles that are shared: the heaviest
-  int units;     ///< their shares
-  int kv_heads;  ///< kv heads that are walked together
+  int split;  ///< tiles that are shared: the first of the plan's order
+  int units;  ///< their shares
+  int heavy;  ///< tiles of the plan's order that are shared or must not come last
   int unused;
 };
 /// One block's share of a tile: steps [share * S / shares, (share + 1) * S / shares) of its S, over
@@ -91,15 +92,17 @@ struct ScheduleUnit {
   int shares;
   int unused;
 };
-struct ScheduleTile {
-  int first_unit;
-  int shares;
-};
 inline constexpr int kScheduleHeaderInts = 4;
 inline constexpr int kScheduleUnitInts = 4;
-inline constexpr int kScheduleTileInts = 2;
-/// A share has at least this many steps: each loads K and V and writes partial gradients.
+/// A share has at least this many steps where a tile is shared for balance: each loads K and V and
+/// adds to gradients in memory.
 inline constexpr int kLeastSteps = 8;
+/// From this octave() of rows on, the query heads of a kv head are walked by blocks of their own.
+/// Blocks start at different times and tiles have different numbers of rows: with one head after
+/// the other, blocks lag by up to four times as many rows, more than the L2 holds of dq.
+inline constexpr int kHeadsApartOctave = 12;
+/// Query heads whose rows blocks walk at the same time, for the same reason.
+inline constexpr int kHeadsTogether = 8;
 
 /// Parameters of the backward kernels. Strides are in elements.
 struct BackwardParams {
@@ -118,9 +121,9 @@ struct BackwardParams {
   float* lse_log2;        ///< [heads, total_q]: lse * log2(e), +inf where a row sees nothing
   float* delta;           ///< [heads, total_q]
   float* dq_accumulator;  ///< [heads, total_q, padded_dim]; null: another kernel makes dq
-  int* schedule;          ///< ScheduleHeader, ScheduleUnit[max_units], ScheduleTile[max_split]
-  float* dk_shares;       ///< [max_units, heads_kv, block_n, padded_dim]
-  float* dv_shares;       ///< [max_units, heads_kv, block_n, padded_dim_v]
+  int* schedule;          ///< ScheduleHeader, ScheduleUnit[max_units]
+  float* dk_accumulator;  ///< [max_split, heads_kv, block_n, padded_dim]: of shared tiles
+  float* dv_accumulator;  ///< [max_split, heads_kv, block_n, padded_dim_v]
   long long q_token_stride, q_head_stride;
   long long k_token_stride, k_head_stride;
   long long v_token_stride, v_head_stride;
@@ -131,12 +134,14 @@ struct BackwardParams {
   long long dv_token_stride, dv_head_stride;
   long long key_tiles;  ///< offset of the view's KeyTile array
   long long key_order;  ///< offset of the view's key tiles, heavy first
+  long long key_rank;   ///< offset of the places in that order, by slot
   long long first;      ///< offsets of the intervals
   long long len;
   long long cu_q;         ///< offset of cu_seqlens_q
   long long seq_fault;    ///< offset of the fault bits
   int key_tile_count;     ///< offset of the number of key tiles (in the meta section)
-  int max_key_tiles;      ///< grid extent: tile_slots(total_k, batch, block_n)
+  int key_rows;           ///< offset of the rows that they span (in the meta section)
+  int max_key_tiles;      ///< tile_slots(total_k, batch, block_n)
   long long query_tiles;  ///< offset of the view's QueryTile list
   int query_tile_count;   ///< offset of the number of query tiles
   int batch;
@@ -145,13 +150,14 @@ struct BackwardParams {
   int heads;
   int heads_kv;
   int heads_per_kv;
-  int slots;             ///< blocks of the main kernel that run at once
-  int max_units;         ///< capacity of the schedule, per kv head; 0: tiles are never shared
-  int max_split;         ///< tiles that may be shared at most
-  int fitting_kv_heads;  ///< kv heads whose rows fit the L2 together
-  float softmax_scale;   ///< with softcap: of the score gradient too
-  float scale_log2;      ///< softmax_scale * log2(e); with softcap: softcap * log2(e)
-  float softcap_in;      ///< with softcap: softmax_scale / softcap
+  int slots;               ///< blocks of the main kernel that run at once
+  int max_units;           ///< capacity of the schedule, per kv head; 0: tiles are never shared
+  int max_split;           ///< tiles that may be shared at most
+  int max_heavy;           ///< whole tiles that may be taken before the rest
+  int heads_apart_octave;  ///< kHeadsApartOctave, but in tests
+  float softmax_scale;     ///< with softcap: of the score gradient too
+  float scale_log2;        ///< softmax_scale * log2(e); with softcap: softcap * log2(e)
+  float softcap_in;        ///< with softcap: softmax_scale / softcap
 };
 
 /// Parameters of the sm90 family's main backward kernel. The maps' dims are {head dim, head,

@@ -41,6 +41,7 @@ enum PlanMeta : int {
   kMetaQueryTiles = 8,     ///< [kMaxPlanViews]: query tiles of each view
   kMetaKeyTiles = 16,      ///< [kMaxPlanViews]: key tiles of each view
   kMetaVisits = 24,        ///< [kMaxPlanViews]: sum of QueryTile::work over valid tiles
+  kMetaKeyRows = 32,       ///< [kMaxPlanViews]: sum of rows_spanned() over key tiles, two ints each
 };
 inline constexpr int kPlanMagic = 0x74726565;  // "tree"
 
@@ -76,6 +77,10 @@ struct KeyTile {
   int min_last;
 };
 
+/// Rows from the first to the last that sees a key of the tile.
+TREEATTN_HOST_DEVICE constexpr int rows_spanned(const KeyTile& t) {
+  return t.max_last < 0 ? 0 : t.max_last - t.min_first + 1;
+}
 /// Rows [m0, m1] see nothing of the tile.
 TREEATTN_HOST_DEVICE constexpr bool tile_skipped(const KeyTile& t, int m0, int m1) {
   return t.max_last < m0 || t.min_first > m1;
@@ -111,7 +116,9 @@ struct PlanOffsets {
     long long query_tiles;  ///< [tile_slots(total_q, batch, block_m)] QueryTile, heavy first
     long long key_tiles;    ///< [tile_slots(total_k, batch, block_n)] KeyTile, by slot
     long long key_order;    ///< [tile_slots(total_k, batch, block_n)] {slot, key0, keys, sequence},
-                            ///< heavy first (most query rows first)
+                            ///< by octave() of the rows that a tile spans, most first
+    long long key_rank;     ///< [tile_slots(total_k, batch, block_n)] a slot's place in key_order,
+                            ///< INT_MAX if it is unused
     long long scratch;      ///< builder scratch
   } views[kMaxPlanViews];
   long long total_ints;
@@ -124,8 +131,17 @@ TREEATTN_HOST_DEVICE constexpr int plan_levels(int slots) {
   return levels;
 }
 
-/// Tiles are ordered by `weight >> shift`, with the least shift that leaves fewer bins than this;
-/// ties keep their row order, so that the CPU and the device builder agree.
+/// Bits of a number of rows. Key tiles are ordered by this alone, so that neighbours stay together:
+/// blocks that run at the same time then read the same query rows and add to the same rows of dq,
+/// which the L2 serves.
+TREEATTN_HOST_DEVICE constexpr int octave(int rows) {
+  int bits = 0;
+  for (; rows > 0; rows /= 2) ++bits;
+  return bits;
+}
+
+/// Query tiles are ordered by `weight >> shift`, with the least shift that leaves fewer bins than
+/// this; ties keep their row order, so that the CPU and the device builder agree.
 inline constexpr int kOrderBins = 2048;
 TREEATTN_HOST_DEVICE constexpr int plan_order_shift(int max_weight) {
   int shift = 0;
@@ -134,9 +150,9 @@ TREEATTN_HOST_DEVICE constexpr int plan_order_shift(int max_weight) {
 }
 
 /// Scratch: visits as a difference array [slots_m + 1], min and max tables [levels][slots_m], then
-/// sort keys [slots_m] and [slots_n].
-TREEATTN_HOST_DEVICE constexpr long long plan_scratch_ints(int slots_m, int slots_n) {
-  return plan_align(slots_m + 1) + (2LL * plan_levels(slots_m) + 1) * slots_m + slots_n;
+/// sort keys [slots_m].
+TREEATTN_HOST_DEVICE constexpr long long plan_scratch_ints(int slots_m) {
+  return plan_align(slots_m + 1) + (2LL * plan_levels(slots_m) + 1) * slots_m;
 }
 
 TREEATTN_HOST_DEVICE constexpr PlanOffsets plan_offsets(const PlanShape& s) {
@@ -163,8 +179,10 @@ TREEATTN_HOST_DEVICE constexpr PlanOffsets plan_offsets(const PlanShape& s) {
     at += static_cast<long long>(kKeyTileInts) * slots_n;
     o.views[v].key_order = at;
     at += 4LL * slots_n;
+    o.views[v].key_rank = at;
+    at += plan_align(slots_n);
     o.views[v].scratch = at;
-    at += plan_align(plan_scratch_ints(slots_m, slots_n));
+    at += plan_align(plan_scratch_ints(slots_m));
   }
   o.total_ints = at;
   return o;

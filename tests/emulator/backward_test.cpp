@@ -35,13 +35,16 @@ Gradients run(const emulator::Kernel& kernel, const emulator::Kernel* dq_kernel,
   args.deterministic = dq_kernel != nullptr;
   args.plan = &plan.header;
   args.plan_buffer = plan.buffer.data();
-  const std::size_t bytes = backward_workspace_bytes(shape, shape_of(args), spec,
-                                                     kEmulatedMultiprocessors, args.deterministic);
+  // Few rows see a tile of these cases: some let query heads go apart all the same.
+  const int heads_apart_octave = 3 + static_cast<int>(order % 4) * 3;
+  const std::size_t bytes =
+      backward_workspace_bytes(shape, shape_of(args), spec, kEmulatedMultiprocessors,
+                               args.deterministic, heads_apart_octave);
   std::vector<float> workspace(bytes / sizeof(float) + 1, std::nanf(""));
   args.workspace = workspace.data();
   args.workspace_bytes = bytes;
   const BackwardLaunch work =
-      make_backward_launch(args, shape, spec, kEmulatedMultiprocessors, kEmulatedL2Bytes);
+      make_backward_launch(args, shape, spec, kEmulatedMultiprocessors, heads_apart_octave);
   BackwardParams dq_params = work.params;
   Grid dq_grid;
   if (dq_kernel != nullptr) {

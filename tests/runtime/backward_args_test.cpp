@@ -25,7 +25,7 @@ struct Fixture {
   Plan plan;
   BackwardArgs args;
 
-  explicit Fixture(bool deterministic = false) {
+  explicit Fixture(bool deterministic = false, int tokens = kTokens) {
     args.heads = 4;
     args.heads_kv = 2;
     args.head_dim = 64;
@@ -41,7 +41,7 @@ struct Fixture {
     args.dv = {at(0x90000), 128, 64};
     args.softmax_scale = 0.125;
     PlanShape shape{};
-    shape.total_q = shape.total_k = kTokens;
+    shape.total_q = shape.total_k = tokens;
     shape.batch = 1;
     shape.num_views = 2;
     shape.views[0] = {spec().tile.block_m, spec().tile.block_n};
@@ -60,7 +60,7 @@ struct Fixture {
     return default_spec(problem_for(pass, shape_of(args), Target{90, false}));
   }
   BackwardLaunch launch() const {
-    return make_backward_launch(args, check_backward(args, true), spec(), 132, 50'000'000);
+    return make_backward_launch(args, check_backward(args, true), spec(), 132);
   }
 };
 
@@ -110,7 +110,7 @@ TEST(BackwardLaunch, TheWorkspaceIsExactlyWhatTheApiStates) {
   }
 }
 
-// Whatever the tree, shares take at most four blocks' worth of tiles for every slot of the chip.
+// Whatever the tree, as few tiles are shared for balance as there are slots on the chip.
 TEST(BackwardLaunch, SharesOfHeavyTilesAreBounded) {
   Fixture f;
   const BackwardParams p = f.launch().params;
@@ -118,6 +118,23 @@ TEST(BackwardLaunch, SharesOfHeavyTilesAreBounded) {
   EXPECT_LE(p.max_units * p.heads_kv, 4 * p.slots + 2 * p.heads_kv);
   EXPECT_LE(p.max_split, p.max_key_tiles);
   EXPECT_EQ(p.slots, 132 * blocks_per_sm(f.spec()));
+}
+
+TEST(BackwardLaunch, WhereManyRowsMaySeeATileEveryTileHasAccumulators) {
+  const auto params = [](int tokens, int heads_kv) {
+    Fixture f(false, tokens);
+    f.args.heads_kv = heads_kv;
+    f.args.k.token_stride = f.args.v.token_stride = f.args.dk.token_stride =
+        f.args.dv.token_stride = 256;
+    return f.launch().params;
+  };
+  const int many = 1 << 19;
+  const BackwardParams grouped = params(many, 2);
+  EXPECT_EQ(grouped.max_split, grouped.max_key_tiles);
+  EXPECT_GE(grouped.max_units, grouped.max_split * 2) << "a query head each";
+  const BackwardParams single = params(many, 4);
+  EXPECT_LT(single.max_split, single.max_key_tiles / 10) << "there are no heads to walk apart";
+  EXPECT_EQ(params(2047, 2).max_split, params(2047, 2).max_key_tiles) << "all may be heavy";
 }
 
 TEST(BackwardLaunch, DeterministicModeSharesNothingAndMakesDqElsewhere) {

@@ -335,7 +335,7 @@ PlanShape holding(std::initializer_list<PlanView> views) {
   return plan;
 }
 
-TEST(ForwardViewTest, AsManyHeadsShareATileAsDivideAKvHeadsUpToEight) {
+TEST(ForwardViewTest, AsManyHeadsShareATileAsDivideAKvHeads) {
   for (const auto& [heads_per_kv, log2] : {std::pair(1, 0),
                                            {2, 1},
                                            {3, 0},
@@ -349,17 +349,16 @@ TEST(ForwardViewTest, AsManyHeadsShareATileAsDivideAKvHeadsUpToEight) {
                                            {32, 3}}) {
     EXPECT_EQ(most_heads_per_pack_log2(heads_per_kv), log2) << heads_per_kv;
     const Shape shape{DType::kBF16, 5 * heads_per_kv, 5, 128};
-    EXPECT_EQ(heads_per_pack_log2_for(shape, true), log2) << heads_per_kv;
-    EXPECT_EQ(heads_per_pack_log2_for(shape, false), 0) << heads_per_kv;
+    EXPECT_EQ(heads_per_pack_log2_for(shape), std::min(log2, 2)) << heads_per_kv;
   }
 }
 
 TEST(ForwardViewTest, TheViewOfTheMostHeadsThatThePlanHoldsIsTaken) {
   const TileConfig sm80{128, 64, 2, 4};
   const TileConfig sm90{192, 112, 2, 12, 64};
-  const auto expect = [](const PlanShape& plan, const TileConfig& tile, int heads_per_kv, bool pack,
-                         int view, int log2) {
-    const ForwardView found = forward_view(plan, tile, heads_per_kv, pack);
+  const auto expect = [](const PlanShape& plan, const TileConfig& tile, int heads_per_kv, int view,
+                         int log2) {
+    const ForwardView found = forward_view(plan, tile, heads_per_kv);
     EXPECT_EQ(found.view, view) << heads_per_kv;
     EXPECT_EQ(found.heads_per_pack_log2, log2) << heads_per_kv;
   };
@@ -367,20 +366,16 @@ TEST(ForwardViewTest, TheViewOfTheMostHeadsThatThePlanHoldsIsTaken) {
       holding({{128, 64}, {64, 64}, {32, 64}, {16, 64}, {192, 64}, {24, 64}, {16, 32}});
   for (const auto& [heads_per_kv, log2] :
        {std::pair(1, 0), {2, 1}, {4, 2}, {6, 1}, {7, 0}, {8, 3}, {16, 3}}) {
-    expect(all, sm80, heads_per_kv, true, log2, log2);
-    expect(all, sm80, heads_per_kv, false, 0, 0);
+    expect(all, sm80, heads_per_kv, log2, log2);
     const bool eight = heads_per_kv % 8 == 0;
-    expect(all, sm90, heads_per_kv, true, eight ? 5 : 4, eight ? 3 : 0);
-    for (const bool pack : {false, true}) {
-      expect(holding({{16, 16}, {128, 64}}), sm80, heads_per_kv, pack, 1, 0);
-      expect(holding({{128, 32}, {64, 32}}), sm80, heads_per_kv, pack, -1, 0);
-      // A plan that was made for packs and nothing else.
-      expect(holding({{16, 64}}), sm80, heads_per_kv, pack, eight ? 0 : -1, eight ? 3 : 0);
-    }
+    expect(all, sm90, heads_per_kv, eight ? 5 : 4, eight ? 3 : 0);
+    expect(holding({{16, 16}, {128, 64}}), sm80, heads_per_kv, 1, 0);
+    expect(holding({{128, 32}, {64, 32}}), sm80, heads_per_kv, -1, 0);
+    // A plan that was made for packs and nothing else.
+    expect(holding({{16, 64}}), sm80, heads_per_kv, eight ? 0 : -1, eight ? 3 : 0);
   }
   // Fewer heads than could be packed.
-  expect(holding({{128, 64}, {64, 64}}), sm80, 8, true, 1, 1);
-  expect(holding({{64, 64}}), sm80, 8, false, 0, 1);
+  expect(holding({{128, 64}, {64, 64}}), sm80, 8, 1, 1);
 }
 
 TEST(ForwardLaunchTest, APlanWithoutTheKernelsTileIsRefusedNotRebuilt) {

@@ -4,7 +4,11 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <bit>
 #include <climits>
+#include <cstdint>
+#include <cstring>
+#include <span>
 #include <string>
 
 #include "templates/shared/params.h"
@@ -201,14 +205,12 @@ void expect_query_tiles(const Problem& p, const PlanReader& plan, int view) {
 void expect_key_order(const Problem& p, const PlanReader& plan, int view) {
   const int block_n = plan.shape().views[view].block_n;
   std::vector<int> covered(static_cast<std::size_t>(p.rule.total_k), 0);
-  const auto weight = [&](const KeyOrder& entry) {
-    const KeyTile& tile = plan.key_tiles(view)[entry.slot];
-    return tile.max_last < 0 ? 0 : tile.max_last - tile.min_first + 1;
-  };
-  int most = 0;
-  for (const KeyOrder& entry : plan.key_order(view)) most = std::max(most, weight(entry));
-  const int shift = plan_order_shift(most);
-  int previous_bin = INT_MAX;
+  const std::span<const int> rank = plan.key_rank(view);
+  EXPECT_EQ(std::count(rank.begin(), rank.end(), INT_MAX),
+            std::ssize(rank) - std::ssize(plan.key_order(view)));
+  int place = 0;
+  std::int64_t spanned = 0;
+  int previous_octave = INT_MAX;
   int previous_slot = -1;
   for (const KeyOrder& entry : plan.key_order(view)) {
     const int b = sequence_of(p.rule.cu_k, entry.key0);
@@ -216,11 +218,17 @@ void expect_key_order(const Problem& p, const PlanReader& plan, int view) {
     ASSERT_EQ(entry.slot,
               tile_slot0(p.rule.cu_k[b], b, block_n) + (entry.key0 - p.rule.cu_k[b]) / block_n);
     for (int j = entry.key0; j < entry.key0 + entry.keys; ++j) ++covered.at(j);
-    const int bin = weight(entry) >> shift;
-    ASSERT_TRUE(bin < previous_bin || (bin == previous_bin && entry.slot > previous_slot));
-    previous_bin = bin;
+    const int rows = rows_spanned(plan.key_tiles(view)[entry.slot]);
+    spanned += rows;
+    const int bits = std::bit_width(static_cast<unsigned>(rows));
+    ASSERT_TRUE(bits < previous_octave || (bits == previous_octave && entry.slot > previous_slot));
+    previous_octave = bits;
+    ASSERT_EQ(rank[static_cast<std::size_t>(entry.slot)], place++);
     previous_slot = entry.slot;
   }
+  std::int64_t stored;
+  std::memcpy(&stored, &plan.meta()[kMetaKeyRows + 2 * view], sizeof(stored));
+  EXPECT_EQ(stored, spanned);
   EXPECT_TRUE(std::all_of(covered.begin(), covered.end(), [](int n) { return n == 1; }));
 }
 

@@ -65,6 +65,7 @@ inline std::string plan_difference(const PlanReader& device, const PlanReader& h
     if (!same_tiles(device.key_tiles(v), host.key_tiles(v), slots)) return "key tiles";
     if (!same(device.query_tiles(v), host.query_tiles(v))) return "query tiles";
     if (!same(device.key_order(v), host.key_order(v))) return "key order";
+    if (!same(device.key_rank(v), host.key_rank(v))) return "key rank";
   }
   return "";
 }
