@@ -285,16 +285,17 @@ std::optional<KernelSpec> strided_spec_of(const KernelSpec& spec) {
 
 /// When a kernel of the sm90 family is used.
 std::string explain_use(const KernelSpec& spec) {
-  constexpr std::string_view kStrides =
-      "q, k or v with a zero or negative token stride, or a negative head stride";
+  const std::string strides =
+      fmt::format("{} with a zero or negative token stride, or a negative head stride",
+                  spec.problem.pass == Pass::kBackward ? "q, k, v or dout" : "q, k or v");
   if (!used_by_default(spec)) {
     return fmt::format("by calls that name it{}; it refuses {}",
                        config().family == FamilyChoice::kSm80 ? ", under TREEATTN_FAMILY=sm80" : "",
-                       kStrides);
+                       strides);
   }
   const auto instead = strided_spec_of(spec);
   return fmt::format(
-      "on compute capability 9.0, but not for {}: {}", kStrides,
+      "on compute capability 9.0, but not for {}: {}", strides,
       instead
           ? to_string(*instead) + " is used then"
           : "those need a plan that holds tiles of the sm80 family too, or TREEATTN_FAMILY=sm80");

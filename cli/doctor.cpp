@@ -14,6 +14,7 @@
 #include "cli/common.h"
 #include "cli/store.h"
 #include "generator/arch.h"
+#include "generator/tile_space.h"
 #include "runtime/cuda/device.h"
 #include "runtime/cuda/driver.h"
 #include "runtime/cuda/nvrtc.h"
@@ -59,7 +60,10 @@ Json examine_gpu(int ordinal) {
     for (const auto& [name, pass] : {std::pair("forward", Pass::kForward),
                                      {"backward", Pass::kBackward},
                                      {"plan", Pass::kPlan}}) {
-      const FamilyTarget kernels = default_family(pass, target);
+      Problem usual;
+      usual.pass = pass;
+      usual.head_dim = usual.head_dim_v = 128;
+      const Problem kernels = on_device(usual, target);
       json["kernels"][name] =
           fmt::format("{}@{}", to_string(kernels.family), to_string(kernels.target));
     }

@@ -139,12 +139,9 @@ std::vector<Pass> parse_passes(const std::string& text) {
 }
 
 KernelSpec plan_spec(const Target& target) {
-  const FamilyTarget kernels = default_family(Pass::kPlan, target);
-  KernelSpec spec;
-  spec.problem.pass = Pass::kPlan;
-  spec.problem.family = kernels.family;
-  spec.problem.target = kernels.target;
-  return spec;
+  Problem problem;
+  problem.pass = Pass::kPlan;
+  return {on_device(problem, target), {}};
 }
 
 /// Every combination of the lists for one target.
@@ -160,10 +157,7 @@ void add_grid(const PrecompileOptions& options, const Target& target,
   if (options.softcap != "off") softcaps.push_back(true);
   Problem problem;
   for (const Pass pass : passes) {
-    const FamilyTarget kernels = default_family(pass, target);
     problem.pass = pass;
-    problem.family = kernels.family;
-    problem.target = kernels.target;
     for (const DType dtype : parse_dtypes("--dtype", options.dtypes, false)) {
       problem.dtype = kernel_dtype(dtype);
       for (const HeadDims& dims : parse_head_dims("--head-dim", options.head_dims)) {
@@ -171,7 +165,7 @@ void add_grid(const PrecompileOptions& options, const Target& target,
         problem.head_dim_v = static_cast<std::uint16_t>(dims.head_dim_v);
         for (const bool softcap : softcaps) {
           problem.softcap = softcap;
-          specs.push_back(default_spec(problem));
+          specs.push_back(default_spec(on_device(problem, target)));
         }
       }
     }

@@ -41,17 +41,10 @@ ArchLimits arch_limits(Target target) {
   return limits;
 }
 
-FamilyTarget default_family(Pass pass, Target device) {
-  if (device != kSm90Target) return {Family::kSm80, device};
-  if (pass == Pass::kForward) return {Family::kSm90, device};
-  return {Family::kSm80, Target{device.cc, false}};
-}
-
 std::string describe_targets(Target device) {
-  const Target forward = default_family(Pass::kForward, device).target;
-  const Target rest = default_family(Pass::kPlan, device).target;
-  if (forward == rest) return to_string(forward);
-  return fmt::format("{} (forward) and {} (backward, plan)", to_string(forward), to_string(rest));
+  if (device != kSm90Target) return to_string(device);
+  return fmt::format("{} (family sm90) and {} (family sm80)", to_string(device),
+                     to_string(Target{device.cc, false}));
 }
 
 Target target_for_device(int major, int minor) {

@@ -20,17 +20,8 @@ struct ArchLimits {
 /// What the sm90 family is compiled for: wgmma and setmaxnreg are no part of plain sm_90.
 inline constexpr Target kSm90Target{90, true};
 
-/// What kernels of a pass are written with and compiled for.
-struct FamilyTarget {
-  Family family;
-  Target target;
-};
-/// The default for a device's target. sm_90a stands for a device of compute capability 9.0 whose
-/// forward kernels are the sm90 family's; everything else there is the sm80 family for sm_90.
-FamilyTarget default_family(Pass pass, Target device);
-
-/// What a device's kernels are compiled for, for people: sm_80, or sm_90a (forward) and sm_90
-/// (backward, plan).
+/// What a device's kernels are compiled for, for people: sm_80, or sm_90a (family sm90) and sm_90
+/// (family sm80).
 std::string describe_targets(Target device);
 
 /// Known targets in ascending order: sm_80, sm_86, sm_87, sm_89, sm_90, sm_100, sm_120 and so on.

@@ -276,26 +276,27 @@ std::span<const TileConfig> preferred_tiles(const Problem& problem) {
   }
 }
 
+/// `why` may be null.
+bool refuse_problem(const Problem& problem, std::string* why) {
+  const bool sm90 = problem.family == Family::kSm90;
+  if (sm90 && problem.target != kSm90Target) {
+    return refused(why, "the sm90 family is compiled for {}, expected it instead of {}",
+                   to_string(kSm90Target), to_string(problem.target));
+  }
+  if (sm90 && problem.pass != Pass::kForward && problem.pass != Pass::kBackward) {
+    return refused(why, "the sm90 family has forward and backward kernels only");
+  }
+  if (problem.pass == Pass::kPlan) return false;
+  if (refuse_dim("head_dim", problem.head_dim, why)) return true;
+  if (refuse_dim("head_dim_v", problem.head_dim_v, why)) return true;
+  return sm90 && problem.pass == Pass::kBackward && refuse_backward_sm90_problem(problem, why);
+}
+
 }  // namespace
 
 std::optional<std::string> refuse_problem(const Problem& problem) {
-  if (problem.family == Family::kSm90) {
-    if (problem.target != kSm90Target) {
-      return fmt::format("the sm90 family is compiled for {}, expected it instead of {}",
-                         to_string(kSm90Target), to_string(problem.target));
-    }
-    if (problem.pass != Pass::kForward && problem.pass != Pass::kBackward) {
-      return "the sm90 family has forward and backward kernels only";
-    }
-  }
-  if (problem.pass == Pass::kPlan) return std::nullopt;
   std::string why;
-  if (refuse_dim("head_dim", problem.head_dim, &why)) return why;
-  if (refuse_dim("head_dim_v", problem.head_dim_v, &why)) return why;
-  if (problem.family == Family::kSm90 && problem.pass == Pass::kBackward &&
-      refuse_backward_sm90_problem(problem, &why)) {
-    return why;
-  }
+  if (refuse_problem(problem, &why)) return why;
   return std::nullopt;
 }
 
@@ -359,23 +360,29 @@ std::optional<TileConfig> sm80_tile_for_views(const Problem& problem,
   return best;
 }
 
+Problem on_device(Problem problem, Target device) {
+  problem.family = Family::kSm90;
+  problem.target = device;
+  if (device == kSm90Target && !refuse_problem(problem, nullptr)) return problem;
+  problem.family = Family::kSm80;
+  problem.target.arch_specific = false;
+  return problem;
+}
+
 KernelSpec default_spec(const Problem& problem) {
   return {problem, default_tile(problem)};
 }
 
 std::vector<KernelSpec> default_specs(Pass pass, Target target) {
   std::vector<KernelSpec> specs;
-  const FamilyTarget kernels = default_family(pass, target);
   for (const KernelDType dtype : {KernelDType::kF16, KernelDType::kBF16}) {
     const auto add = [&](std::uint16_t head_dim, std::uint16_t head_dim_v) {
       Problem problem;
       problem.pass = pass;
-      problem.family = kernels.family;
-      problem.target = kernels.target;
       problem.dtype = dtype;
       problem.head_dim = head_dim;
       problem.head_dim_v = head_dim_v;
-      specs.push_back(default_spec(problem));
+      specs.push_back(default_spec(on_device(problem, target)));
     };
     for (std::uint16_t dim = kHeadDimMin; dim <= kHeadDimMax; dim += kHeadDimStep) add(dim, dim);
     for (const auto& [head_dim, head_dim_v] : kMixedDims) add(head_dim, head_dim_v);

@@ -32,9 +32,13 @@ TileConfig default_tile(const Problem& problem);
 std::optional<TileConfig> sm80_tile_for_views(const Problem& problem,
                                               std::span<const PlanView> views,
                                               int heads_per_pack_log2 = 0);
+/// The problem with the family and target of the kernel that a device runs for it by default.
+/// sm_90a stands for a device of compute capability 9.0 that runs the sm90 family wherever that has
+/// a kernel, and the sm80 family compiled for sm_90 elsewhere.
+Problem on_device(Problem problem, Target device);
 /// The problem with its default tile.
 KernelSpec default_spec(const Problem& problem);
-/// All default specs of a pass on one device's target (see default_family): every head dim, both
+/// All default specs of a pass on one device's target (see on_device): every head dim, both
 /// dtypes, plus the supported pairs of different head_dim and head_dim_v that models use (192/128
 /// and so on).
 std::vector<KernelSpec> default_specs(Pass pass, Target target);

@@ -95,12 +95,9 @@ struct Engine::Impl {
   }
 
   KernelSpec plan_spec() const {
-    KernelSpec spec;
-    spec.problem.pass = Pass::kPlan;
-    const FamilyTarget made = default_family(Pass::kPlan, target);
-    spec.problem.family = made.family;
-    spec.problem.target = made.target;
-    return spec;
+    Problem problem;
+    problem.pass = Pass::kPlan;
+    return {on_device(problem, target), {}};
   }
 
   KernelSpec kernel_spec(Pass pass, const Shape& shape) const {
@@ -163,7 +160,7 @@ struct Engine::Impl {
         forward_sm90(args, plan, spec, maps, stream);
         return;
       }
-      spec = spec_for_strides(args, plan, spec.problem, maps);
+      spec = spec_for_strides(args.spec, plan, spec.problem, args.heads / args.heads_kv, maps);
     }
     const ForwardLaunch work =
         make_forward_launch(args, plan, spec, device.sm_count, device.l2_bytes);
@@ -204,13 +201,14 @@ struct Engine::Impl {
   }
 
   /// The kernel that runs where strides rule out the sm90 family's, which no caller named.
-  static KernelSpec spec_for_strides(const ForwardArgs& args, const PlanShape& plan,
-                                     const Problem& problem, const ForwardTensorMaps& maps) {
-    if (!args.spec.empty()) {
+  template <class Maps>
+  static KernelSpec spec_for_strides(std::string_view named, const PlanShape& plan,
+                                     const Problem& problem, int heads_per_kv, const Maps& maps) {
+    if (!named.empty()) {
       throw Error(ErrorCode::kUnsupported, describe_misfit(maps),
                   "copy the tensor, or name no kernel: one of the sm80 family is used then");
     }
-    const auto spec = strided_spec(problem, plan, args.heads / args.heads_kv);
+    const auto spec = strided_spec(problem, plan, heads_per_kv);
     if (!spec) {
       throw Error(
           ErrorCode::kUnsupported,
@@ -227,20 +225,24 @@ struct Engine::Impl {
     return *spec;
   }
 
-  /// Of the main kernel, if it is one of the sm90 family. No query: nothing is read through maps.
-  std::optional<BackwardSm90Params> backward_sm90_params(const BackwardArgs& args,
-                                                         const PlanShape& plan,
-                                                         const KernelSpec& spec,
-                                                         const BackwardLaunch& work) {
-    if (spec.problem.family != Family::kSm90) return std::nullopt;
+  /// The spec of a call, with `maps` if it is of the sm90 family. No query: nothing is read through
+  /// them.
+  KernelSpec backward_spec(const BackwardArgs& args, const PlanShape& plan,
+                           std::optional<BackwardTensorMaps>& maps) const {
+    const KernelSpec spec = kernel_spec(Pass::kBackward, shape_of(args), args.spec);
+    if (spec.problem.family != Family::kSm90) return spec;
+    maps = backward_tensor_maps(args, plan, spec);
+    if (plan.total_q == 0 || maps->fit()) return spec;
+    const KernelSpec strided = spec_for_strides(args.spec, plan, spec.problem, 1, *maps);
+    maps.reset();
+    return strided;
+  }
+
+  BackwardSm90Params backward_sm90_params(const PlanShape& plan, const BackwardTensorMaps& maps,
+                                          const BackwardLaunch& work) {
     BackwardSm90Params params{};
     params.f = work.params;
     if (plan.total_q == 0) return params;
-    const BackwardTensorMaps maps = backward_tensor_maps(args, plan, spec);
-    if (!maps.fit()) {
-      throw Error(ErrorCode::kUnsupported, describe_misfit(maps),
-                  "copy the tensor, or name no kernel: one of the sm80 family is used then");
-    }
     params.q = tensor_maps.get(maps.q);
     params.k = tensor_maps.get(maps.k);
     params.v = tensor_maps.get(maps.v);
@@ -254,12 +256,14 @@ struct Engine::Impl {
 
   void backward(const BackwardArgs& args, const PlanShape& plan, Stream stream) {
     const Shape shape = shape_of(args);
-    const KernelSpec spec = kernel_spec(Pass::kBackward, shape, args.spec);
+    std::optional<BackwardTensorMaps> maps;
+    const KernelSpec spec = backward_spec(args, plan, maps);
     const BackwardLaunch work = make_backward_launch(args, plan, spec, device.sm_count);
     const ContextScope scope(context);
     // Kernels are found before anything is launched: a miss must not leave half of the gradients.
     const LoadedKernel& kernel = kernel_for(spec, stream);
-    const std::optional<BackwardSm90Params> sm90 = backward_sm90_params(args, plan, spec, work);
+    std::optional<BackwardSm90Params> sm90;
+    if (maps) sm90 = backward_sm90_params(plan, *maps, work);
     const auto launch_all = [&] {
       launch(kernel, 0, work.prepare, &work.params, sizeof(work.params), stream);
       if (sm90) {
@@ -418,9 +422,15 @@ std::size_t Engine::backward_workspace_bytes(const Plan& plan, const Shape& shap
   const PlanShape header = to_plan_shape(plan);
   check_shape(shape, impl_->cuda());
   if (!impl_->cuda()) return 0;
-  return treeattn::backward_workspace_bytes(header, shape,
-                                            impl_->kernel_spec(Pass::kBackward, shape, spec),
-                                            impl_->device.sm_count, deterministic);
+  const auto bytes = [&](const KernelSpec& kernel) {
+    return treeattn::backward_workspace_bytes(header, shape, kernel, impl_->device.sm_count,
+                                              deterministic);
+  };
+  const KernelSpec kernel = impl_->kernel_spec(Pass::kBackward, shape, spec);
+  if (kernel.problem.family != Family::kSm90 || !spec.empty()) return bytes(kernel);
+  // Strides, which may rule that kernel out, are not known yet.
+  const auto strided = strided_spec(kernel.problem, header, 1);
+  return std::max(bytes(kernel), strided ? bytes(*strided) : 0);
 }
 
 void Engine::backward(const BackwardArgs& args, Stream stream) {

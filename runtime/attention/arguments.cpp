@@ -9,7 +9,7 @@
 #include <cstdlib>
 #include <limits>
 
-#include "generator/arch.h"
+#include "generator/tile_space.h"
 #include "treeattn/error.h"
 
 namespace treeattn {
@@ -184,14 +184,11 @@ void check_output(std::string_view name, const Tensor& t, std::int64_t tokens, i
 Problem problem_for(Pass pass, const Shape& shape, Target target) {
   Problem problem;
   problem.pass = pass;
-  const FamilyTarget kernels = default_family(pass, target);
-  problem.family = kernels.family;
-  problem.target = kernels.target;
   problem.dtype = shape.dtype == DType::kF16 ? KernelDType::kF16 : KernelDType::kBF16;
   problem.head_dim = static_cast<std::uint16_t>(shape.head_dim);
   problem.head_dim_v = static_cast<std::uint16_t>(value_head_dim(shape.head_dim, shape.head_dim_v));
   problem.softcap = shape.softcap;
-  return problem;
+  return on_device(problem, target);
 }
 
 TensorMapRequest tensor_map_request(const ConstTensor& tensor, KernelDType dtype, int dims,

@@ -28,7 +28,7 @@ struct DeviceInfo {
 /// Read once per device; the reference stays valid.
 const DeviceInfo& device_info(CUdevice device);
 
-/// What default_family() is asked about for a device, or for devices of a target: sm_90a in place
+/// What on_device() is asked about for a device, or for devices of a target: sm_90a in place
 /// of sm_90 where the sm90 family is chosen.
 Target kernel_target(Target device, FamilyChoice choice = config().family);
 /// Throws Error(kUnsupported) below compute capability 8.0.

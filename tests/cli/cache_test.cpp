@@ -154,6 +154,10 @@ TEST_F(CliCache, ExplainSaysWhenAKernelOfTheSm90FamilyIsNotUsed) {
   const std::string text = cli_.run({"cache", "explain", "fwd/sm90@sm_90a/bf16/d128v128"}).out;
   EXPECT_TRUE(contains(text, "used      on compute capability 9.0")) << text;
 
+  json = explain("bwd/sm90@sm_90a/bf16/d128v128");
+  EXPECT_EQ(json["other_strides"], "bwd/sm80@sm_90/bf16/d128v128/m64n128s2w8");
+  EXPECT_TRUE(contains(use(json), "not for q, k, v or dout with a zero"));
+
   json = explain("fwd/sm90@sm_90a/bf16/d64v64");
   EXPECT_TRUE(json["other_strides"].is_null());
   EXPECT_TRUE(contains(use(json), "TREEATTN_FAMILY=sm80"));

@@ -283,7 +283,7 @@ TEST(Arch, DevicesGetTheirTarget) {
 TEST(Arch, HopperIsDescribedByBothOfItsTargets) {
   EXPECT_EQ(describe_targets({86, false}), "sm_86");
   EXPECT_EQ(describe_targets({90, false}), "sm_90");
-  EXPECT_EQ(describe_targets(kSm90Target), "sm_90a (forward) and sm_90 (backward, plan)");
+  EXPECT_EQ(describe_targets(kSm90Target), "sm_90a (family sm90) and sm_90 (family sm80)");
 }
 
 TEST(Arch, TargetsNewerThanTheTableGetTheLimitsBelowThem) {

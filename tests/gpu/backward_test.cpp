@@ -83,7 +83,7 @@ TEST_F(Backward, OfTheSm90FamilyAgreesWithTheOracle) {
   };
   std::vector<BackwardCase> cases;
   std::vector<Expected> expected;
-  make_cases(64, make, cases, expected);
+  make_cases(24, make, cases, expected);
   for (std::size_t n = 0; n < cases.size(); ++n) {
     const RandomCase& c = cases[n].forward;
     const std::string spec =

@@ -162,8 +162,8 @@ TEST_F(CudaEngine, SaysWhatItRunsOn) {
   const Engine engine;
   EXPECT_EQ(engine.kind(), EngineKind::kCuda);
   EXPECT_EQ(engine.description(),
-            "Fake GPU (compute capability 9.0, 132 SMs), kernels for sm_90a (forward) and sm_90 "
-            "(backward, plan)");
+            "Fake GPU (compute capability 9.0, 132 SMs), kernels for sm_90a (family sm90) and "
+            "sm_90 (family sm80)");
   driver_.devices[1].major = 8;
   driver_.make_current(driver_.context(1));
   EXPECT_EQ(Engine().description(),
@@ -230,12 +230,11 @@ TEST_F(CudaEngine, DeterministicBackwardEndsWithTheKernelOfDq) {
   EXPECT_NE(launches[2].params, launches[1].params) << "it walks its own tiles";
 }
 
-TEST_F(CudaEngine, ANamedBackwardOfTheSm90FamilyReadsThroughTensorMaps) {
+TEST_F(CudaEngine, BackwardOfTheSm90FamilyReadsThroughTensorMaps) {
   Engine engine;
   const Plan plan = backward_plan(engine, 128);
   driver_.launch_params_bytes = sizeof(BackwardParams);
   BackwardArgs a = backward_args(plan, 128, false);
-  a.spec = "bwd/sm90@sm_90a/bf16/d128v128";
   engine.backward(a, stream());
   const auto launches = driver_.launches();
   ASSERT_THAT(launches, SizeIs(3));
@@ -245,18 +244,23 @@ TEST_F(CudaEngine, ANamedBackwardOfTheSm90FamilyReadsThroughTensorMaps) {
   EXPECT_NE(launches[0].params, launches[1].params) << "maps come first";
 
   a.k.token_stride = 0;
+  a.spec = "bwd/sm90@sm_90a/bf16/d128v128";
   EXPECT_THAT(refusal([&] { engine.backward(a); }), HasSubstr("k has token stride 0"));
   EXPECT_THAT(driver_.launches(), SizeIs(3)) << "refused before anything is launched";
   a.spec = {};
   engine.backward(a);
   EXPECT_THAT(driver_.launches().back().entry, HasSubstr("bwd_sm80"));
+  Shape backward = shape(128);
+  backward.backward = true;
+  EXPECT_GE(engine.backward_workspace_bytes(plan, backward),
+            engine.backward_workspace_bytes(plan, backward, false, "bwd/sm80@sm_90/bf16/d128v128"))
+      << "strides are not known when a workspace is made";
 
   // Without queries the keys' gradients are zeros, whatever the strides.
   Shape one = shape(128);
   one.backward = true;
   const Plan empty = engine.plan_for(0, kTotal, 1, {&one, 1});
   BackwardArgs b = backward_args(empty, 128, false);
-  b.spec = "bwd/sm90@sm_90a/bf16/d128v128";
   b.k.token_stride = 0;
   engine.backward(b);
   EXPECT_THAT(driver_.launches().rbegin()[1].entry, HasSubstr("bwd_sm90"));
@@ -574,6 +578,13 @@ TEST_F(CudaEngine, TheFamilyIsTheDevicesOrTheOneChosen) {
   EXPECT_EQ(to_string(problem_for(Pass::kForward, one, kSm90Target)),
             "fwd/sm90@sm_90a/bf16/d128v128");
   EXPECT_EQ(to_string(problem_for(Pass::kBackward, one, kSm90Target)),
+            "bwd/sm90@sm_90a/bf16/d128v128");
+  EXPECT_EQ(to_string(problem_for(Pass::kBackward, shape(64), kSm90Target)),
+            "bwd/sm80@sm_90/bf16/d64v64")
+      << "the sm90 family has no backward for it";
+  EXPECT_EQ(to_string(problem_for(Pass::kBackwardDq, one, kSm90Target)),
+            "bwd_dq/sm80@sm_90/bf16/d128v128");
+  EXPECT_EQ(to_string(problem_for(Pass::kBackward, one, Target{90, false})),
             "bwd/sm80@sm_90/bf16/d128v128");
 }
 
@@ -676,7 +687,7 @@ TEST_F(CudaEngine, APreparedKernelIsCapturedWithoutAWord) {
 TEST_F(CudaEngine, HotCallsNeitherAllocateNorWaitNorLoad) {
   Engine engine;
   // The larger head dim's default tile comes after others that do not fit it.
-  std::vector<Shape> shapes{shape(64), shape(256)};
+  std::vector<Shape> shapes{shape(64), shape(128), shape(256)};
   for (Shape& each : shapes) each.backward = true;
   const Plan plan = engine.plan_for(kTotal, kTotal, 1, shapes);
   const ForwardArgs a = args(plan, 64);
@@ -685,13 +696,16 @@ TEST_F(CudaEngine, HotCallsNeitherAllocateNorWaitNorLoad) {
   strided.k.token_stride = 0;
   const BackwardArgs b = backward_args(plan, 64, false);
   const BackwardArgs deterministic = backward_args(plan, 64, true);
+  const BackwardArgs mapped = backward_args(plan, 128, false);
+  BackwardArgs unmapped = mapped;
+  unmapped.k.token_stride = 0;
   PlanInputs inputs;
   inputs.lowering = Lowering::kFull;
   inputs.cu_seqlens_q = inputs.cu_seqlens_k = reinterpret_cast<const std::int32_t*>(memory_);
   auto* buffer = reinterpret_cast<std::int32_t*>(memory_);
   engine.build_plan(plan, inputs, buffer);
   for (const ForwardArgs& each : {a, large, strided}) engine.forward(each);
-  engine.backward(deterministic);
+  for (const BackwardArgs& each : {deterministic, mapped, unmapped}) engine.backward(each);
   DriverTable& d = driver_.table;
   forbidden_calls = 0;
   d.cuMemAlloc = forbid(d.cuMemAlloc);
@@ -723,6 +737,8 @@ TEST_F(CudaEngine, HotCallsNeitherAllocateNorWaitNorLoad) {
     engine.forward(strided, stream());
     engine.backward(b, stream());
     engine.backward(deterministic, stream());
+    engine.backward(mapped, stream());
+    engine.backward(unmapped, stream());
   };
 // AddressSanitizer minds which operator new belongs to which delete; the counter replaces some.
 #if defined(__SANITIZE_ADDRESS__)
@@ -730,7 +746,7 @@ TEST_F(CudaEngine, HotCallsNeitherAllocateNorWaitNorLoad) {
 #else
   EXPECT_EQ(test::count_allocations(calls), 0);
 #endif
-  EXPECT_EQ(launches, 4 + 3 + 3 + 3);
+  EXPECT_EQ(launches, 4 + 3 + 3 + 3 + 3 + 3);
   EXPECT_EQ(forbidden_calls, 0);
 }
 
