@@ -285,9 +285,11 @@ std::optional<KernelSpec> strided_spec_of(const KernelSpec& spec) {
 
 /// When a kernel of the sm90 family is used.
 std::string explain_use(const KernelSpec& spec) {
+  const bool backward = spec.problem.pass == Pass::kBackward;
   const std::string strides =
-      fmt::format("{} with a zero or negative token stride, or a negative head stride",
-                  spec.problem.pass == Pass::kBackward ? "q, k, v or dout" : "q, k or v");
+      fmt::format("{} with a zero or negative token stride, or a negative head stride{}",
+                  backward ? "q, k, v or dout" : "q, k or v",
+                  backward ? "" : " (of q a zero one either, where query heads share tiles)");
   if (!used_by_default(spec)) {
     return fmt::format("by calls that name it{}; it refuses {}",
                        config().family == FamilyChoice::kSm80 ? ", under TREEATTN_FAMILY=sm80" : "",

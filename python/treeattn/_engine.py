@@ -259,6 +259,12 @@ def _readable(x: torch.Tensor, cuda: bool) -> tuple[torch.Tensor, int, int, int]
     return x, x.data_ptr(), token, head
 
 
+def _spread(x: torch.Tensor) -> torch.Tensor:
+    """x, or a copy where its tokens or heads share memory, as in the gradient of a mean: Hopper's
+    kernels read no such tensor."""
+    return x.contiguous() if 0 in x.stride() else x
+
+
 def forward(lists: Lists, q, k, v, softmax_scale: float, softcap: float):
     """out [total_q, heads, head_dim_v] and lse [heads, total_q] f32."""
     cuda = lists.cuda
@@ -293,7 +299,7 @@ def backward(
 ):  # fmt: skip
     """dq, dk and dv; dlse may be None."""
     cuda = lists.cuda
-    places = [_readable(x, cuda) for x in (q, k, v, out, dout)]
+    places = [_readable(x, cuda) for x in (q, k, v, out, _spread(dout))]
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     places += [(x, x.data_ptr(), x.stride(0), x.stride(1)) for x in (dq, dk, dv)]
     if dlse is not None:

@@ -19,8 +19,8 @@ constexpr std::int64_t kAlignFloats = 4;
 /// fewer than 2 slots / heads_kv such tiles of a kv head, and as many shares more than tiles. For
 /// the L2 any tile that enough rows see is shared by the query heads.
 struct ScheduleSizes {
-  int max_split = 0;
-  int max_units = 0;
+  std::int64_t max_split = 0;
+  std::int64_t max_units = 0;
 };
 
 ScheduleSizes schedule_sizes(const PlanShape& plan, const Shape& shape, const KernelSpec& spec,
@@ -31,11 +31,16 @@ ScheduleSizes schedule_sizes(const PlanShape& plan, const Shape& shape, const Ke
   const std::int64_t steps =
       (std::int64_t{plan.total_q} / spec.tile.block_m + 1) * (shape.heads / shape.heads_kv);
   const int heads_per_kv = shape.heads / shape.heads_kv;
-  const bool apart = heads_per_kv > 1 && octave(plan.total_q) >= heads_apart_octave;
-  if (!apart && steps <= kLeastSteps) return {};
+  // Sequences with rows enough for heads to go apart, and their tiles.
+  const std::int64_t long_sequences =
+      std::min<std::int64_t>(plan.batch, plan.total_q >> (heads_apart_octave - 1));
+  const std::int64_t apart = heads_per_kv > 1 && long_sequences > 0
+                                 ? plan.total_k / spec.tile.block_n + long_sequences
+                                 : 0;
+  if (apart == 0 && steps <= kLeastSteps) return {};
   const std::int64_t fair = 2 * slots / shape.heads_kv + 1;
-  const std::int64_t split = apart ? tiles : std::min(tiles, fair);
-  return {static_cast<int>(split), static_cast<int>(split * heads_per_kv + fair)};
+  const std::int64_t split = std::min(tiles, apart + fair);
+  return {split, split * heads_per_kv + fair};
 }
 
 /// Sections of the workspace, in floats from its start; each is 16-byte aligned.
@@ -54,12 +59,12 @@ WorkspaceOffsets workspace_offsets(const PlanShape& plan, const Shape& shape,
     return begin;
   };
   const std::int64_t rows = std::int64_t{shape.heads} * plan.total_q;
-  const std::int64_t keys = std::int64_t{sizes.max_split} * shape.heads_kv * spec.tile.block_n;
+  const std::int64_t keys = sizes.max_split * shape.heads_kv * spec.tile.block_n;
   WorkspaceOffsets o{};
   o.lse_log2 = take(rows);
   o.delta = take(rows);
   o.dq = take(deterministic ? 0 : rows * padded(shape.head_dim));
-  o.schedule = take(kScheduleHeaderInts + std::int64_t{sizes.max_units} * kScheduleUnitInts);
+  o.schedule = take(kScheduleHeaderInts + sizes.max_units * kScheduleUnitInts);
   o.dk = take(keys * padded(shape.head_dim));
   o.dv = take(keys * padded(value_head_dim(shape.head_dim, shape.head_dim_v)));
   o.total = at;
@@ -160,8 +165,8 @@ BackwardLaunch make_backward_launch(const BackwardArgs& args, const PlanShape& p
   p.slots = sm_count * blocks_per_sm(spec);
   const ScheduleSizes sizes =
       schedule_sizes(plan, shape, spec, p.slots, args.deterministic, heads_apart_octave);
-  p.max_units = sizes.max_units;
-  p.max_split = sizes.max_split;
+  p.max_units = static_cast<int>(sizes.max_units);  // check_blocks() sees the full number
+  p.max_split = static_cast<int>(sizes.max_split);
   p.heads_apart_octave = heads_apart_octave;
   const WorkspaceOffsets work = workspace_offsets(plan, shape, spec, sizes, args.deterministic);
   check_workspace(args.workspace, args.workspace_bytes,
@@ -229,8 +234,8 @@ BackwardLaunch make_backward_launch(const BackwardArgs& args, const PlanShape& p
                         blocks_of(p.max_split, p.heads_per_kv),
                     heads};
   if (plan.total_k > 0) {
-    launch.main.x = check_blocks(
-        (std::int64_t{p.max_key_tiles} + p.max_units + p.max_heavy) * args.heads_kv, spec);
+    launch.main.x =
+        check_blocks((p.max_key_tiles + sizes.max_units + p.max_heavy) * args.heads_kv, spec);
   }
   const BackwardConfig config = backward_config(spec);
   const std::int64_t dk_dv = std::int64_t{p.max_split} * args.heads_kv * config.tile_sum_blocks();

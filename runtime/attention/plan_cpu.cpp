@@ -313,7 +313,7 @@ class PlanBuilder {
     plan_[kMetaKeyTiles + v] = static_cast<int>(order.size());
     std::int64_t spanned = 0;
     for (const KeyOrder& entry : order) spanned += rows(entry);
-    std::memcpy(plan_ + kMetaKeyRows + 2 * v, &spanned, sizeof(spanned));
+    std::memcpy(&plan_[kMetaKeyRows + 2 * v], &spanned, sizeof(spanned));
     std::copy(order.begin(), order.end(),
               reinterpret_cast<KeyOrder*>(plan_ + at_.views[v].key_order));
     int* const rank = plan_ + at_.views[v].key_rank;

@@ -1,11 +1,10 @@
 // What the backward kernels want to know before they start: of every row delta and lse in base 2,
 // with empty accumulators; and how the main kernel's work is dealt out.
 //
-// Work      a power of two of neighbouring lanes serves one row of one head; grid (1 + rows +
-// shared
-//           tiles, heads). The first block makes the schedule. Tiles are shared by several blocks
-//           if they cost more than every slot of the chip has to do on average, or if so many rows
-//           see them that query heads are better walked apart (kHeadsApartOctave).
+// Work      a power of two of neighbouring lanes serves one row of one head; grid (1 + blocks of
+//           rows + shared tiles, heads). The first block makes the schedule. Tiles are shared by
+//           several blocks if they cost nearly what every slot of the chip has to do on average, or
+//           if so many rows see them that query heads are better walked apart.
 // Pipeline  none: rows are read once, in 16-byte chunks.
 // Shared    none.
 #pragma once
@@ -87,7 +86,7 @@ struct Sharing {
   }
 };
 
-/// Deals out the tiles in their order, heaviest first. One warp.
+/// Deals out the tiles that do not come in the order of memory: the first of the plan's. One warp.
 __device__ __forceinline__ void make_schedule(const BackwardParams& p) {
   const Sharing sharing(p);
   const int lane = static_cast<int>(threadIdx.x);

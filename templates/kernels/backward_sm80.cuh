@@ -2,10 +2,9 @@
 // contributions.
 //
 // Work      one block = one key tile of the plan (block_n keys) x one kv head, or a share of its
-//           steps where a tile is heavier than what a block should do (backward_prepare.cuh). K and
-//           V stay in shared memory, dK and dV in registers; the block walks the query rows that
-//           its keys' intervals span, [min_first, max_last], for each query head in turn. Blocks
-//           are ordered heavy tiles first.
+//           steps where several blocks work on one (backward_prepare.cuh). K and V stay in shared
+//           memory, dK and dV in registers; the block walks the query rows that its keys' intervals
+//           span, [min_first, max_last], for each query head in turn.
 // Steps     S = Q K^T, in partial steps with the interval test; P = exp2(S - lse) in between the
 //           MMAs of dP = dO V^T - delta, which starts from -delta; dS = P dP; P and dS go through
 //           shared memory (they change from accumulators to A operands; by stmatrix from sm_90

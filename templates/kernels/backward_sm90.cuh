@@ -179,6 +179,9 @@ struct Loader {
       finish<kM, kChunksV>(1, smem.dout(stage), smem.do_full(stage), span.rows);
       ring.advance();
     });
+    // A block whose steps see nothing waits for V nowhere else; what is under way when it ends
+    // would land in the next one's memory.
+    mbarrier_wait(smem.v_full(), 0);
   }
 };
 
@@ -305,7 +308,7 @@ struct Consumer {
     }
   }
 
-  /// To the accumulator's layout: see put_rows() and sum_pair() of the kernels around this one.
+  /// To the accumulator's layout: see put_rows() and write_pair() of the sm80 family.
   __device__ __forceinline__ void store_dq(const float (&dq)[32], int row0) const {
     const int row = warp * 16 + lane / 4;
     const u32 to = smem.dq() + (row * kDim + lane % 4 * 4) * 4;

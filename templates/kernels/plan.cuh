@@ -10,7 +10,7 @@
 //                             two sparse tables (log2 levels) that yield each query tile's lowest
 //                             and highest
 //   query_tiles  1 block per view and side: prefix sum, table push-down, stable counting sort by
-//                             work
+//                             work or octave of rows
 #pragma once
 
 #include "../device/ptx_sm80.cuh"

@@ -252,7 +252,7 @@ struct BackwardConfig {
 };
 
 /// Everything a backward kernel of the sm90 family is specialised on. Tiles lie in shared memory as
-/// in ForwardSm90Config. The accumulator of dq and the shares of dk and dv are those of
+/// in ForwardSm90Config. The accumulators of dq, dk and dv are those of
 /// BackwardConfig, whose kernels before and after the main one serve here too.
 struct BackwardSm90Config : BackwardConfig {
   static constexpr int kChunkDims = 64;

@@ -133,7 +133,7 @@ struct BackwardParams {
   long long dk_token_stride, dk_head_stride;
   long long dv_token_stride, dv_head_stride;
   long long key_tiles;  ///< offset of the view's KeyTile array
-  long long key_order;  ///< offset of the view's key tiles, heavy first
+  long long key_order;  ///< offset of the view's key tiles, by octave() of their rows
   long long key_rank;   ///< offset of the places in that order, by slot
   long long first;      ///< offsets of the intervals
   long long len;

@@ -115,6 +115,53 @@ TEST_P(EmulatedBackward, RandomCasesAgreeWithTheOracle) {
   }
 }
 
+// A tile of keys that rows far apart see is heavy enough to be shared, and one share sees nothing.
+TEST_P(EmulatedBackward, AShareThatSeesNothingLeavesNothingUnderWay) {
+  const Problem problem = parse_kernel_spec(GetParam().spec).problem;
+  constexpr int kRows = 1100;
+  constexpr int kKeys = 128;
+  BackwardCase c;
+  RandomCase& f = c.forward;
+  f.dtype = problem.dtype == KernelDType::kF16 ? DType::kF16 : DType::kBF16;
+  f.lowering = Lowering::kIntervals;
+  f.head_dim = problem.head_dim;
+  f.head_dim_v = problem.head_dim_v;
+  f.softmax_scale = 0.1;
+  f.softcap = problem.softcap ? 20 : 0;
+  f.total_q = kRows;
+  f.total_k = kKeys;
+  f.cu_q = {0, kRows};
+  f.cu_k = {0, kKeys};
+  for (int j = 0; j < kKeys; ++j) f.first.push_back(j < 64 ? 0 : kRows - 64);
+  f.len.assign(kKeys, 64);
+  SplitMix64 rng(1);
+  const auto random_tensor = [&](int tokens, int dim) {
+    HostTensor t(f.dtype, tokens, 1, dim);
+    for (int i = 0; i < tokens; ++i) {
+      for (int d = 0; d < dim; ++d) t.set(i, 0, d, 2 * rng.uniform() - 1);
+    }
+    return t;
+  };
+  f.q = random_tensor(kRows, f.head_dim);
+  f.k = random_tensor(kKeys, f.head_dim);
+  f.v = random_tensor(kKeys, f.head_dim_v);
+  f.out = HostTensor(f.dtype, kRows, 1, f.head_dim_v);
+  c.dout = random_tensor(kRows, f.head_dim_v);
+  c.dq = HostTensor(f.dtype, kRows, 1, f.head_dim);
+  c.dk = HostTensor(f.dtype, kKeys, 1, f.head_dim);
+  c.dv = HostTensor(f.dtype, kKeys, 1, f.head_dim_v);
+  const OracleCase exact = f.oracle();
+  c.set_forward(oracle_forward(exact, Emulate::kNothing, 1));
+  const std::vector<double> dout = c.dout.to_doubles();
+  const Gradients expected = oracle_backward(exact, dout, {}, Emulate::kNothing, 1);
+  const Gradients emulated = oracle_backward(exact, dout, {}, emulation_of(f.dtype), 1);
+  for (std::uint64_t order = 0; order < emulated_count(24); ++order) {
+    Gradients actual;
+    ASSERT_NO_THROW(actual = run(GetParam(), nullptr, c, order)) << order;
+    EXPECT_EQ(judge_gradients(f, expected, emulated, actual, 0), "") << order;
+  }
+}
+
 TEST_P(EmulatedBackward, DeterministicGradientsDependOnNoOrder) {
   const Problem problem = parse_kernel_spec(GetParam().spec).problem;
   const emulator::Kernel* const dq_kernel = dq_kernel_for(problem);

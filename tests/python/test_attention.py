@@ -60,6 +60,24 @@ def test_values_and_gradients_agree_with_dense_attention():
         torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
 
 
+def test_the_gradient_of_a_mean_whose_tokens_share_memory():
+    weights = torch.arange(1.0, 33.0, dtype=torch.float64).reshape(4, 8)
+    q, k, v = make_qkv()
+    strides = []
+
+    def loss(out):
+        out.register_hook(lambda dout: strides.append(dout.stride()))
+        return (out.mean(0) * weights).sum()
+
+    grads = torch.autograd.grad(loss(native(q, k, v)[0]), (q, k, v))
+    expected = torch.autograd.grad(loss(reference(q, k, v)[0]), (q, k, v))
+    assert strides[0][0] == 0
+    for got, wanted in zip(grads, expected):
+        torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
+    spread = treeattn._engine._spread(torch.zeros(1, 4, 8).expand(5, 4, 8))
+    assert spread.stride() == (32, 8, 1)
+
+
 def test_a_compiled_function_has_no_graph_break_and_the_same_gradients():
     plan = make_plan().prepare(4, 2, 8, dtype=torch.float64)
     compiled = torch.compile(

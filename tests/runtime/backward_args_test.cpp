@@ -137,6 +137,21 @@ TEST(BackwardLaunch, WhereManyRowsMaySeeATileEveryTileHasAccumulators) {
   EXPECT_EQ(params(2047, 2).max_split, params(2047, 2).max_key_tiles) << "all may be heavy";
 }
 
+// A tile's rows are those of one sequence.
+TEST(BackwardLaunch, ManyShortSequencesTakeNoAccumulatorsForHeadsApart) {
+  const auto split = [](int tokens, int batch) {
+    Fixture f(false, tokens);
+    f.plan.batch = batch;
+    return f.launch().params.max_split;
+  };
+  const int tokens = 1 << 18;
+  const int few = 2 * 132 * blocks_per_sm(Fixture().spec()) / 2 + 1;
+  const int block_n = Fixture().spec().tile.block_n;
+  EXPECT_LE(split(tokens, 1 << 16), few + (tokens / block_n + tokens / 2048));
+  EXPECT_GE(split(tokens, 64), tokens / block_n) << "they may be long";
+  EXPECT_LE(split(2000, 500), few);
+}
+
 TEST(BackwardLaunch, DeterministicModeSharesNothingAndMakesDqElsewhere) {
   Fixture f(true);
   const BackwardLaunch launch = f.launch();

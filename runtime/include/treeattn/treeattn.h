@@ -100,7 +100,7 @@ struct BackwardArgs {
   double softmax_scale = 0;  ///< as in forward
   double softcap = 0;        ///< as in forward
   /// Gradients that are bit-identical from run to run and independent of what else is packed.
-  /// Without, the order in which dq's summands are added is left to chance.
+  /// Without, the order in which summands are added is left to chance.
   bool deterministic = false;
   const Plan* plan = nullptr;
   const std::int32_t* plan_buffer = nullptr;
@@ -185,9 +185,10 @@ class Engine {
   std::size_t forward_workspace_bytes(const Plan& plan, const Shape& shape) const;
   void forward(const ForwardArgs& args, Stream stream = nullptr);
 
-  /// About 4 bytes x total_q x heads x (head_dim + 2) on a GPU, less where `deterministic`, more
-  /// where a small batch needs several blocks for the heads of one kv head. Contents do not matter.
-  /// `spec`: the kernel that BackwardArgs::spec will name.
+  /// About 4 bytes x total_q x heads x (head_dim + 2) on a GPU. Besides, 4 bytes x (head_dim +
+  /// head_dim_v) for each key of at most two key tiles a multiprocessor, and where heads > heads_kv
+  /// and a sequence may have 2,048 queries, of all kv heads and all keys. Next to nothing where
+  /// `deterministic`. Contents do not matter. `spec`: the kernel that BackwardArgs::spec will name.
   std::size_t backward_workspace_bytes(const Plan& plan, const Shape& shape,
                                        bool deterministic = false,
                                        std::string_view spec = {}) const;
