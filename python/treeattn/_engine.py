@@ -260,7 +260,7 @@ def _readable(x: torch.Tensor, cuda: bool) -> tuple[torch.Tensor, int, int, int]
 
 
 def _spread(x: torch.Tensor) -> torch.Tensor:
-    """x, or a copy where its tokens or heads share memory, as in the gradient of a mean: Hopper's
+    """x, or a copy where its tokens or heads share memory, as in the gradient of a sum: Hopper's
     kernels read no such tensor."""
     return x.contiguous() if 0 in x.stride() else x
 
