@@ -231,11 +231,4 @@ unsigned check_blocks(std::int64_t blocks, const KernelSpec& spec) {
               "split the batch");
 }
 
-int kv_heads_in_group(int heads_kv, std::int64_t kv_bytes_per_head, std::int64_t l2_bytes) {
-  const std::int64_t fitting = std::clamp<std::int64_t>(
-      l2_bytes / 2 / std::max<std::int64_t>(kv_bytes_per_head, 1), 1, heads_kv);
-  const std::int64_t groups = (heads_kv + fitting - 1) / fitting;
-  return static_cast<int>((heads_kv + groups - 1) / groups);
-}
-
 }  // namespace treeattn

@@ -59,8 +59,5 @@ void check_workspace(const void* workspace, std::size_t bytes, std::size_t neede
 int require_view(const PlanShape& plan, const KernelSpec& spec);
 /// Throws kUnsupported if a grid of this many blocks cannot be launched.
 unsigned check_blocks(std::int64_t blocks, const KernelSpec& spec);
-/// kv heads that are walked together: as many as have their K and V in half the L2, in groups of
-/// about equal size.
-int kv_heads_in_group(int heads_kv, std::int64_t kv_bytes_per_head, std::int64_t l2_bytes);
 
 }  // namespace treeattn

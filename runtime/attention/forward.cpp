@@ -11,6 +11,19 @@
 
 namespace treeattn {
 
+namespace {
+
+/// kv heads that are walked together: as many as have their K and V in half the L2, in groups of
+/// about equal size.
+int kv_heads_in_group(int heads_kv, std::int64_t kv_bytes_per_head, std::int64_t l2_bytes) {
+  const std::int64_t fitting = std::clamp<std::int64_t>(
+      l2_bytes / 2 / std::max<std::int64_t>(kv_bytes_per_head, 1), 1, heads_kv);
+  const std::int64_t groups = (heads_kv + fitting - 1) / fitting;
+  return static_cast<int>((heads_kv + groups - 1) / groups);
+}
+
+}  // namespace
+
 Shape shape_of(const ForwardArgs& args) {
   return Shape{args.dtype,
                args.heads,

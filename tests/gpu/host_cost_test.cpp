@@ -74,12 +74,7 @@ class BlockedStream {
 };
 
 RandomCase tree_case() {
-  RandomCaseOptions options;
-  options.dtype = DType::kBF16;
-  options.head_dim = 128;
-  options.head_dim_v = 128;
-  options.softcap = false;
-  options.lowering = Lowering::kTree;
+  const RandomCaseOptions options = plain_trees(DType::kBF16, 128);
   for (std::uint64_t seed = 0;; ++seed) {
     RandomCase c = random_case(seed, options);
     if (std::min(c.cu_q.back(), c.cu_k.back()) > 500) return c;

@@ -170,14 +170,20 @@ inline std::string judge_same_rows(const RandomCase& c, const std::vector<float>
   return {};
 }
 
-/// A tree case without softcap whose sequence 1 spans several tiles and has neighbours.
-inline RandomCase several_trees(DType dtype) {
+/// Trees of one dtype and head dim, without softcap.
+inline RandomCaseOptions plain_trees(DType dtype, int head_dim) {
   RandomCaseOptions options;
   options.dtype = dtype;
-  options.head_dim = 64;
-  options.head_dim_v = 64;
+  options.head_dim = head_dim;
+  options.head_dim_v = head_dim;
   options.softcap = false;
   options.lowering = Lowering::kTree;
+  return options;
+}
+
+/// A tree case without softcap whose sequence 1 spans several tiles and has neighbours.
+inline RandomCase several_trees(DType dtype) {
+  const RandomCaseOptions options = plain_trees(dtype, 64);
   for (std::uint64_t seed = 900;; ++seed) {
     RandomCase c = random_case(seed, options);
     if (c.batch() < 3) continue;
